@@ -14,7 +14,7 @@ vae_config = dict(block_out_channels=(32,64,96,128), down_block_types=('DownEnco
                   layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=128, scaling_factor=scaling)
 text_config = dict(vocab_size=49408, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77,
                    hidden_act='quick_gelu', projection_dim=128, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
-unet_config = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64,128,224), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+unet_config = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64,128,176), norm_num_groups=16, layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
                    down_block_types=('DownBlock2D','CrossAttnDownBlock2D','DownBlock2D'), up_block_types=('UpBlock2D','CrossAttnUpBlock2D','UpBlock2D'))
 
 def scene(
@@ -150,3 +150,95 @@ def train_clip(
     losses = fit(pair, loss, steps, lr=lr, path=Path(run)/'clip.pt', **kw)
     with torch.no_grad(): emb.mul_(keep)
     return pair.eval(), losses
+
+# --- the denoiser ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def cache_latents(
+    vae, data,     # Standardised AutoencoderKL, pictures (N,S,S,3)
+    path=None,     # .pt file, read when it exists
+    bs:int=32,
+)->torch.Tensor:   # (N,4,S/8,S/8) float16, scaled to std 1
+    "Encode every picture once: the UNet never sees pixels"
+    from tqdm.auto import tqdm
+    if path and Path(path).exists(): return torch.load(path, weights_only=True)
+    out = torch.cat([vae.encode(batch_of(data, range(i, min(i+bs, len(data))))).latent_dist.mean*scaling for i in tqdm(range(0, len(data), bs), desc='encoding')]).half()
+    if path: torch.save(out, path)
+    return out
+
+@torch.no_grad()
+def cache_texts(
+    text_encoder, tokenizer, captions:list, # The frozen text encoder, its tokenizer, one caption per picture
+    bs:int=128,
+)->tuple:          # ((U,77,D) float16 with "" first, (N,) row of each caption)
+    "Encode every distinct caption once"
+    from tqdm.auto import tqdm
+    rows = {t: i for i, t in enumerate(dict.fromkeys(['', *captions]))}
+    texts = list(rows)
+    emb = torch.cat([text_encoder(token_ids(tokenizer, texts[i:i+bs]))[0].half() for i in tqdm(range(0, len(texts), bs), desc='texts')])
+    return emb, torch.tensor([rows[c] for c in captions])
+
+def snr_weight(
+    sigma:torch.Tensor, # Noise std, (B,)
+    gamma:float=5.,     # Cap on the signal-to-noise ratio
+)->torch.Tensor:        # (B,)
+    "Min-SNR weights for noise prediction (Hang et al. 2023, eq. 5)"
+    snr = sigma**-2
+    return snr.clamp(max=gamma)/snr
+
+def train_unet(
+    latents, emb, rows,  # From `cache_latents` and `cache_texts`
+    steps:int,           # Optimiser steps in total
+    run='runs/pocket',
+    bs:int=48,
+    lr:float=5e-4,
+    drop:float=.1,       # Share of captions replaced by "", so that guidance has an unconditional half
+    unet=None,           # Continue from this one
+    **kw):
+    "Predict the noise in noisy latents, given the caption"
+    from diffusers import UNet2DConditionModel
+    from sdlearn.schedule import alphas_cumprod
+    torch.manual_seed(0)
+    unet, abar = unet or UNet2DConditionModel(**unet_config), alphas_cumprod().float()
+    def loss(net, g):
+        dev = next(net.parameters()).device
+        idx, t = torch.randint(len(latents), (bs,), generator=g), torch.randint(len(abar), (bs,), generator=g) # 0..999: t=999 is where sampling starts
+        x0, noise, a = latents[idx].float(), torch.randn(bs, *latents.shape[1:], generator=g), abar[t, None, None, None]
+        row = torch.where(torch.rand(bs, generator=g)<drop, 0, rows[idx])
+        pred = net((a.sqrt()*x0+(1-a).sqrt()*noise).to(dev), t.to(dev), emb[row].float().to(dev)).sample.float()
+        w = snr_weight(((1-a)/a).sqrt().flatten()).to(dev)
+        return (w*(pred-noise.to(dev)).pow(2).mean((1, 2, 3))).mean()
+    losses = fit(unet, loss, steps, lr=lr, path=Path(run)/'unet.pt', **kw)
+    return unet.eval(), losses
+
+# --- the checkpoint folder ------------------------------------------------------------------------------------------------
+scheduler_config = dict(_class_name='PNDMScheduler', _diffusers_version='0.30.0', beta_end=.012, beta_schedule='scaled_linear', beta_start=.00085,
+                        clip_sample=False, num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, trained_betas=None) # as in CompVis/stable-diffusion-v1-4
+model_index = dict(_class_name='StableDiffusionPipeline', _diffusers_version='0.30.0', feature_extractor=[None, None], requires_safety_checker=False, safety_checker=[None, None],
+                   scheduler=['diffusers', 'PNDMScheduler'], text_encoder=['transformers', 'CLIPTextModel'], tokenizer=['transformers', 'CLIPTokenizer'],
+                   unet=['diffusers', 'UNet2DConditionModel'], vae=['diffusers', 'AutoencoderKL'])
+
+def _write(folder, config, weights=None, name='diffusion_pytorch_model.safetensors', config_name='config.json'):
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/config_name).write_text(json.dumps(config, indent=2)+'\n')
+    if weights:
+        save_file({k: v.half().contiguous() for k, v in weights.items()}, folder/name, metadata={'format': 'pt'})
+        (folder/name).chmod(0o644)
+
+def save_checkpoint(
+    folder,          # Gets a diffusers folder; an existing tokenizer is kept
+    vae=None, pair=None, unet=None, # AutoencoderKL, Pair, UNet2DConditionModel: those that are given are written
+):
+    "Write half-precision safetensors in the layout that diffusers and transformers of all versions read"
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    (folder/'model_index.json').write_text(json.dumps(model_index, indent=2)+'\n')
+    _write(folder/'scheduler', scheduler_config, config_name='scheduler_config.json')
+    if vae is not None: _write(folder/'vae', dict(_class_name='AutoencoderKL', _diffusers_version='0.30.0', in_channels=3, out_channels=3, act_fn='silu', force_upcast=True, **vae_config), vae.state_dict())
+    if unet is not None: _write(folder/'unet', dict(_class_name='UNet2DConditionModel', _diffusers_version='0.30.0', act_fn='silu', flip_sin_to_cos=True, freq_shift=0,
+                                                    center_input_sample=False, downsample_padding=1, mid_block_scale_factor=1, norm_eps=1e-5, **unet_config), unet.state_dict())
+    if pair is not None:
+        text = {k: v for k, v in pair.text.state_dict().items() if 'position_ids' not in k}
+        proj = text.pop('text_projection.weight')
+        text = {k if k.startswith('text_model.') else 'text_model.'+k: v for k, v in text.items()} # the nested names: transformers 4 and 5 both read them
+        _write(folder/'text_encoder', dict(architectures=['CLIPTextModel'], model_type='clip_text_model', torch_dtype='float32', dtype='float32', layer_norm_eps=1e-5, dropout=0., attention_dropout=0., initializer_factor=1., initializer_range=.02, **text_config), text, 'model.safetensors')
+        _write(folder/'clip', pair.image.config, {'text_projection.weight': proj, 'scale': pair.scale, **{'image.'+k: v for k, v in pair.image.state_dict().items()}}, 'model.safetensors')
