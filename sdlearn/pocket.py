@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from torch.nn import functional as F
+from sdlearn.core import images_to_tensor
 from sdlearn.scenes import subjects, styles, backgrounds, render, held_out, is_held_out
 from sdlearn.train import fit
 from sdlearn.clip import ImageEncoder, contrastive_loss
+from sdlearn.text import TextEncoder, encode_tokens
+from sdlearn.tokenizer import Tokenizer
 
 scaling = .18215
 vae_config = dict(block_out_channels=(32,64,96,128), down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
@@ -242,3 +245,46 @@ def save_checkpoint(
         text = {k if k.startswith('text_model.') else 'text_model.'+k: v for k, v in text.items()} # the nested names: transformers 4 and 5 both read them
         _write(folder/'text_encoder', dict(architectures=['CLIPTextModel'], model_type='clip_text_model', torch_dtype='float32', dtype='float32', layer_norm_eps=1e-5, dropout=0., attention_dropout=0., initializer_factor=1., initializer_range=.02, **text_config), text, 'model.safetensors')
         _write(folder/'clip', pair.image.config, {'text_projection.weight': proj, 'scale': pair.scale, **{'image.'+k: v for k, v in pair.image.state_dict().items()}}, 'model.safetensors')
+
+# --- measuring ------------------------------------------------------------------------------------------------------------
+class Clip(nn.Module):
+    "Pocket's contrastive pair, for scoring pictures against words"
+    def __init__(self, image, text_encoder, tokenizer, projection):
+        super().__init__()
+        self.image, self.text_encoder, self.tokenizer, self.projection = image, text_encoder, tokenizer, nn.Parameter(projection, False)
+    def image_features(self,
+        x:torch.Tensor, # (B,3,H,W) in -1..1
+    )->torch.Tensor:    # (B,128) unit vectors; differentiable
+        "Where pictures lie"
+        return self.image(x)
+    def text_features(self,
+        texts:list,     # Strings
+    )->torch.Tensor:    # (B,128) unit vectors
+        "Where words lie: the text encoder's output at the end token, projected"
+        ids = token_ids(self.tokenizer, texts)
+        last = encode_tokens(self.text_encoder, ids)[torch.arange(len(ids)), (ids==49407).int().argmax(1)]
+        return F.normalize(last@self.projection.T, dim=-1)
+
+@lru_cache
+def load_clip(
+    path=None, # A checkpoint folder that has `clip/`; pocket when missing
+)->Clip:       # In evaluation mode, gradients off
+    "Pocket's own CLIP"
+    from safetensors.torch import load_file
+    from sdlearn.load import load_own, pocket_path
+    folder = Path(path or pocket_path())
+    w = {k: v.float() for k, v in load_file(folder/'clip'/'model.safetensors').items()}
+    image = ImageEncoder(**json.loads((folder/'clip'/'config.json').read_text()))
+    image.load_state_dict({k.removeprefix('image.'): v for k, v in w.items() if k.startswith('image.')})
+    clip = Clip(image, load_own(TextEncoder, folder/'text_encoder'), Tokenizer.from_folder(folder/'tokenizer'), w['text_projection.weight'])
+    return clip.eval().requires_grad_(False)
+
+@torch.no_grad()
+def scores(
+    images,        # PIL pictures
+    texts:list,    # Strings
+    path=None,     # A checkpoint folder; pocket when missing
+)->torch.Tensor:   # (n_images, n_texts) cosine similarities
+    "What does pocket's CLIP see?"
+    clip = load_clip(path)
+    return clip.image_features(images_to_tensor(images))@clip.text_features(texts).T
