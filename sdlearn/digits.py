@@ -144,7 +144,7 @@ def climb(
     for _ in range(steps): path.append((path[-1]+C*gradient(f, path[-1])).clamp(-1, 1))
     return path
 
-# %% ../nbs/10_digits.ipynb #e30da109
+# %% ../nbs/10_digits.ipynb #4b76173b
 def shift(
     x:torch.Tensor,            # (B,1,H,W)
     generator:torch.Generator, # On the CPU
@@ -160,7 +160,7 @@ def train_classifier(
     x:torch.Tensor,  # (N,1,H,W) in -1..1
     y:torch.Tensor,  # (N,) integers from 0
     classes:int=10,  # How many there are
-    steps:int=400,   # Of 128 pictures
+    steps:int=300,   # Of 128 pictures
     seed:int=0,      # Of the weights and of the batches
     **kwargs,        # For `fit`
 )->Classifier:

@@ -6,14 +6,14 @@
 __all__ = ['noise_predictor', 'check_inputs', 'unseen_words', 'encode_prompt', 'denoise', 'generate_with_embs', 'native_size',
            'txt2img', 'start_step', 'img2img', 'inpaint', 'step_panel']
 
-# %% ../nbs/28_pipeline.ipynb #dfe31528
+# %% ../nbs/28_pipeline.ipynb #89795338
 import math, random, warnings
 import numpy as np, torch
 from PIL import Image
 from torch.nn import functional as F
 from .core import seeded_noise, images_to_tensor, image_grid
 from .guidance import cfg
-from .sample import sample, start, plan
+from .sample import noise_from, plan, sample, start
 from .schedule import scale_input
 from .text import embed_prompts, get_input_embeds
 from .unet import predict_noise
@@ -98,19 +98,17 @@ def denoise(
     steps = sample(sampler, eps_fn, x, num_inference_steps, start_step=start_step, noise_fn=noise_fn)
     yield from tqdm(steps, total=num_inference_steps-start_step, disable=not progress, leave=False)
 
-# %% ../nbs/28_pipeline.ipynb #25835dde
+# %% ../nbs/28_pipeline.ipynb #020e6550
 def _seeds(seed, n): # one integer per picture
     if seed is None: seed = random.randrange(2**31)
     seeds = [seed+i for i in range(n)] if isinstance(seed, int) else list(seed)
     if len(seeds)!=n: raise ValueError(f"expected one seed or {n}, one per prompt, got {len(seeds)}")
     return seeds
 
-def _fresh_noise(seeds): # for samplers that add noise on the way: one generator per picture
-    gens = [torch.Generator().manual_seed(s+2**32) for s in seeds]
-    return lambda x: torch.stack([torch.randn(x.shape[1:], generator=g) for g in gens]).to(x)
+def _fresh(seeds): return noise_from([torch.Generator().manual_seed(s+2**32) for s in seeds]) # for samplers that add noise on the way
 
 def _run(sd, text_embeddings, x, n, scale, sampler, start_step, seeds, interval, progress, on_step=None):
-    for step in denoise(sd, text_embeddings, x, n, scale, sampler, start_step, _fresh_noise(seeds), interval, progress):
+    for step in denoise(sd, text_embeddings, x, n, scale, sampler, start_step, _fresh(seeds), interval, progress):
         if on_step: on_step(step)
     return latents_to_pil(step.x_next.to(sd.dtype), sd.vae)
 

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['unet_defaults', 'unet_blocks', 'time_features', 'TimeEmbedding', 'as_rows', 'as_picture', 'conv1x1', 'once',
            'ResBlock', 'Attention', 'GEGLU', 'FeedForward', 'TransformerBlock', 'Transformer', 'Downsample', 'Upsample',
-           'Floor', 'Mid', 'UNet', 'check_inputs', 'predict_noise', 'predict_x0', 'Prepared', 'prepare']
+           'Floor', 'Mid', 'UNet', 'check_inputs', 'predict_noise', 'predict_x0', 'Prepared', 'prepare', 'KeepMaps',
+           'attention_maps', 'token_places', 'word_map']
 
 # %% ../nbs/24_unet.ipynb #90e22849
 import math
@@ -63,7 +64,7 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h+(as_picture(conv1x1(self.conv_shortcut, as_rows(x)), x) if hasattr(self, 'conv_shortcut') else x)
 
-# %% ../nbs/24_unet.ipynb #13587f62
+# %% ../nbs/24_unet.ipynb #e88a0e10
 class Attention(nn.Module):
     "Each place asks (q) all keys (k), and takes their values (v) in proportion: softmax(q k^T/sqrt(d)) v, in several heads"
     def __init__(self,
@@ -78,9 +79,12 @@ class Attention(nn.Module):
     def weights(self, x, context): # (B,heads,N,77): how much each place looks at each word; only for maps, forward never needs it
         q, k = self.split(self.to_q(x)), self.split(self.to_k(context))
         return (q@k.transpose(-1, -2)/q.shape[-1]**.5).softmax(-1)
+    def qkv(self, x, context=None, memo=None):
+        if context is not None: return self.to_q(x), *once(memo, (self, 'kv'), lambda: (self.to_k(context), self.to_v(context)))
+        if memo is None: return self.to_q(x), self.to_k(x), self.to_v(x)
+        return F.linear(x, once(memo, self, lambda: torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight]))).chunk(3, dim=-1) # one product for three
     def forward(self, x, context=None, memo=None):
-        if context is None: q, k, v = (self.split(f(x)) for f in (self.to_q, self.to_k, self.to_v))
-        else: q, (k, v) = self.split(self.to_q(x)), once(memo, (self, 'kv'), lambda: (self.split(self.to_k(context)), self.split(self.to_v(context))))
+        q, k, v = map(self.split, self.qkv(x, context, memo))
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../nbs/24_unet.ipynb #4ecc5a5d
@@ -196,7 +200,7 @@ class Mid(nn.Module):
     def forward(self, x, temb, context, memo=None):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context, memo), temb)
 
-# %% ../nbs/24_unet.ipynb #de023356
+# %% ../nbs/24_unet.ipynb #85193589
 unet_defaults = dict(in_channels=4, out_channels=4, layers_per_block=2, norm_num_groups=32, attention_head_dim=8) # as diffusers' UNet2DConditionModel
 unet_blocks = {'DownBlock2D', 'CrossAttnDownBlock2D', 'UpBlock2D', 'CrossAttnUpBlock2D'}
 
@@ -210,6 +214,7 @@ class UNet(nn.Module):
         cs, n, g, cross = list(cfg.block_out_channels), cfg.layers_per_block, cfg.norm_num_groups, (cfg.cross_attention_dim, cfg.attention_head_dim)
         if odd := {*cfg.down_block_types, *cfg.up_block_types}-unet_blocks: raise ValueError(f"expected the blocks {sorted(unet_blocks)}, got {sorted(odd)}; use diffusers' UNet2DConditionModel for this checkpoint")
         words = lambda kind: cross if 'CrossAttn' in kind else None
+        if not isinstance(cfg.attention_head_dim, int) or getattr(cfg, 'use_linear_projection', False): raise ValueError(f"expected a UNet of SD v1 (one number of heads, convolutions around the transformers), got attention_head_dim={cfg.attention_head_dim}; use diffusers' UNet2DConditionModel for this checkpoint")
         ct, last = 4*cs[0], len(cs)-1
         self.time_embedding, self.conv_in = TimeEmbedding(cs[0], ct), nn.Conv2d(cfg.in_channels, cs[0], 3, padding=1)
         self.down_blocks, self.up_blocks, skips, x = nn.ModuleList(), nn.ModuleList(), [cs[0]], cs[0] # skips: channels that wait for the way up
@@ -274,18 +279,78 @@ def predict_x0(
     "x0 = x - sigma*eps: all the noise removed in one step"
     return x-sigma*eps
 
-# %% ../nbs/24_unet.ipynb #d5a624e0
+# %% ../nbs/24_unet.ipynb #a7415cc2
 class Prepared:
-    "A `UNet` that remembers, for one run, what depends only on the words"
+    "A `UNet` that remembers, for one run, what depends only on the words and the weights"
     def __init__(self,
         unet, # A `UNet`
     ): self.unet, self.config, self.words, self.memo = unet, unet.config, None, {}
     def __call__(self, x_in, t, text_embeddings):
         if text_embeddings is not self.words: self.words, self.memo = text_embeddings, {}
-        return self.unet(x_in, t, text_embeddings, self.memo)
+        return self.unet(x_in, t, text_embeddings, None if torch.is_grad_enabled() else self.memo)
 
 def prepare(
     unet, # `UNet` or diffusers' UNet2DConditionModel
-):        # Something for `predict_noise`, for one run
-    "Compute the keys and values of the words once per run instead of once per step"
+):        # What `predict_noise` takes, for one run: make it anew when weights or words have changed
+    "Compute keys and values of the words once per run instead of once per step; only without gradients, and only in our own network"
     return Prepared(unet) if isinstance(unet, UNet) else unet
+
+# %% ../nbs/24_unet.ipynb #211a7158
+class KeepMaps:
+    "An attention processor of diffusers (what its modules call to attend) that keeps the weights given to each word"
+    def __init__(self,
+        maps:dict, # Gets name -> (B,heads,N,77)
+        name:str,  # Of the layer
+    ): self.maps, self.name = maps, name
+    def __call__(self, attn, hidden_states, encoder_hidden_states, **kw):
+        q, k, v = (attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)))
+        weights = attn.get_attention_scores(q, k)
+        self.maps[self.name] = weights.unflatten(0, (-1, attn.heads))
+        return attn.to_out[0](attn.batch_to_head_dim(weights@v))
+
+@torch.no_grad()
+def attention_maps(
+    unet,                         # `UNet`, `prepare`'s result, or diffusers' UNet2DConditionModel
+    x_in:torch.Tensor,            # Noisy latents scaled to std about 1, (B,4,h,w)
+    t,                            # Timestep
+    text_embeddings:torch.Tensor, # (B,77,D)
+)->dict:                          # Layer name -> (B,heads,places,77), each row summing to 1
+    "How much each place of the picture looks at each word, in every cross-attention (Hertz et al. 2022)"
+    unet, maps, handles = getattr(unet, 'unet', unet), {}, []
+    if hasattr(unet, 'attn_processors'):
+        before = unet.attn_processors
+        unet.set_attn_processor({k:KeepMaps(maps, k.removesuffix('.processor')) if 'attn2' in k else p for k,p in before.items()})
+        try: predict_noise(unet, x_in, t, text_embeddings)
+        finally: unet.set_attn_processor(before)
+    else:
+        for name,layer in unet.named_modules():
+            if name.endswith('attn2'): handles.append(layer.register_forward_pre_hook(lambda layer, args, name=name: maps.update({name: layer.weights(*args[:2])})))
+        try: predict_noise(unet, x_in, t, text_embeddings)
+        finally: [h.remove() for h in handles]
+    return maps
+
+# %% ../nbs/24_unet.ipynb #88cfc078
+def token_places(
+    tokenizer,  # `Tokenizer` or CLIPTokenizer
+    prompt:str, # A prompt
+    word:str,   # A word or phrase in it
+)->list:        # Its places among the 77 tokens
+    "Where a word stands in a prompt; one that is not in it raises with the tokens that are"
+    ids, wanted = ([i for i in row if i!=row[-1]][1:] for row in tokenizer([prompt, word], padding='max_length', truncation=True, max_length=77, return_tensors='pt').input_ids.tolist())
+    hits = [i for i in range(len(ids)-len(wanted)+1) if wanted and ids[i:i+len(wanted)]==wanted]
+    if not hits: raise ValueError(f"expected a word of the prompt, got {word!r}; its tokens are {' '.join(tokenizer.convert_ids_to_tokens(ids))}")
+    return [1+hits[0]+j for j in range(len(wanted))]    # 1: the start token comes first
+
+def word_map(
+    maps:dict,        # From `attention_maps`
+    places:list,      # From `token_places`
+    size:tuple,       # (height, width) of the result, in the proportions of the picture
+    row:int=0,        # Which picture of the batch
+)->torch.Tensor:      # (height,width) float32 in 0..1
+    "One word's attention as a picture: heads, layers and tokens averaged, stretched to 0..1"
+    out = torch.zeros(size)
+    for m in maps.values():
+        h = round((m.shape[2]*size[0]/size[1])**.5)
+        small = m[row, :, :, places].float().mean((0, 2)).reshape(1, 1, h, -1).cpu()
+        out += F.interpolate(small, size=size, mode='bilinear')[0, 0]
+    return (out-out.min())/(out.max()-out.min()).clamp(min=1e-12)
