@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['pieces', 'pocket_path', 'weights_file', 'check_folder', 'find_checkpoint', 'load_own', 'SD', 'load_sd']
 
-# %% ../nbs/27_load.ipynb #2af51d59
+# %% ../nbs/27_load.ipynb #e963a748
 import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 import torch
 from .tokenizer import Tokenizer
-from .text import TextEncoder
+from .text import TextEncoder, flat_keys
 from .vae import VAE
 from .unet import UNet
 
@@ -71,7 +71,7 @@ def find_checkpoint(
         raise OSError(f"expected to find {name!r} in the local cache or on the hub, but it could not be fetched ({type(e).__name__}). Connect to the internet once, "
                       "check the spelling, or leave the name out: pocket needs no download.") from None
 
-# %% ../nbs/27_load.ipynb #3338a6f1
+# %% ../nbs/27_load.ipynb #08b4715a
 def load_own(
     cls,               # `TextEncoder`, `VAE` or `UNet`
     folder:Path,       # The piece's folder
@@ -80,8 +80,8 @@ def load_own(
     "One of the lessons' networks with a checkpoint's weights; every name and shape must fit"
     from safetensors.torch import load_file
     net = cls(json.loads((folder/'config.json').read_text()))
-    state = {k.removeprefix('text_model.'): v.float() for k, v in load_file(weights_file(folder, variant)).items() if 'position_ids' not in k}
-    try: net.load_state_dict(state)
+    state = {k: v.float() for k, v in load_file(weights_file(folder, variant)).items()}
+    try: net.load_state_dict(flat_keys(state) if cls is TextEncoder else state)
     except RuntimeError as e: raise ValueError(f"expected weights that fit {folder/'config.json'}, got others: {e}") from None
     return net
 

@@ -6,7 +6,7 @@
 __all__ = ['noise_predictor', 'check_inputs', 'unseen_words', 'encode_prompt', 'denoise', 'generate_with_embs', 'native_size',
            'txt2img', 'start_step', 'img2img', 'inpaint', 'step_panel']
 
-# %% ../nbs/28_pipeline.ipynb #89795338
+# %% ../nbs/28_pipeline.ipynb #b6794d7b
 import math, random, warnings
 import numpy as np, torch
 from PIL import Image
@@ -15,11 +15,12 @@ from .core import seeded_noise, images_to_tensor, image_grid
 from .guidance import cfg
 from .sample import noise_from, plan, sample, start
 from .schedule import scale_input
-from .text import embed_prompts, get_input_embeds
-from .unet import predict_noise
+from .text import embed_prompts, get_token_embeds
+from .tokenizer import tokenize
+from .unet import predict_noise, prepare
 from .vae import encode, latents_to_pil
 
-# %% ../nbs/28_pipeline.ipynb #520ea00f
+# %% ../nbs/28_pipeline.ipynb #f8ff6cdb
 def noise_predictor(
     unet,                          # Our `UNet` or diffusers'
     text_embeddings:torch.Tensor,  # (2B,77,D), the unconditional half first
@@ -27,7 +28,7 @@ def noise_predictor(
     interval:tuple=(0., math.inf), # Guide only while sigma is within (Kynkaanniemi et al. 2024); outside, the prompt alone is asked
 ):                                 # eps_fn(x, sigma, t) -> predicted noise, shape of x
     "The question that every sampler asks"
-    uncond, text = text_embeddings.chunk(2)
+    unet, (uncond, text) = prepare(unet), text_embeddings.chunk(2)
     def eps_fn(x, sigma, t):
         x_in = scale_input(x, sigma).to(text.dtype)
         if guidance_scale==1 or not interval[0]<=sigma<=interval[1]: return predict_noise(unet, x_in, t, text).to(x.dtype)
@@ -55,16 +56,15 @@ def check_inputs(
         if not isinstance(side, int) or side<=0 or side%multiple: raise ValueError(f"expected a {name} that is a multiple of {multiple}, got {side!r}. Try {max(multiple, round(side/multiple)*multiple)}.")
     if not 0<=strength<=1: raise ValueError(f"expected a strength from 0 (the image as it is) to 1 (ignored), got {strength!r}")
 
-# %% ../nbs/28_pipeline.ipynb #6cbf33c7
+# %% ../nbs/28_pipeline.ipynb #9bca0a2b
 def unseen_words(
     sd,            # `SD` bundle
     prompt:str,
 )->list:           # Words or pieces of words without a trained embedding
     "Words of a prompt that the text encoder was never trained on (their token embedding is zero)"
-    ids = sd.tokenizer([prompt], padding='max_length', truncation=True, max_length=77, return_tensors='pt').input_ids
-    table = sd.text_encoder.get_input_embeddings().weight
-    rows = table[ids[0].to(table.device)]
-    return [w.replace('</w>', '') for w, r in zip(sd.tokenizer.convert_ids_to_tokens(ids[0].tolist()), rows) if not r.any()]
+    ids = tokenize(sd.tokenizer, prompt)[0]
+    names = sd.tokenizer.convert_ids_to_tokens(ids.tolist())
+    return [w.replace('</w>', '') for w, row in zip(names, get_token_embeds(sd.text_encoder, ids)) if not row.any()]
 
 # %% ../nbs/28_pipeline.ipynb #ec7098c6
 def encode_prompt(
@@ -98,7 +98,7 @@ def denoise(
     steps = sample(sampler, eps_fn, x, num_inference_steps, start_step=start_step, noise_fn=noise_fn)
     yield from tqdm(steps, total=num_inference_steps-start_step, disable=not progress, leave=False)
 
-# %% ../nbs/28_pipeline.ipynb #020e6550
+# %% ../nbs/28_pipeline.ipynb #9802a65f
 def _seeds(seed, n): # one integer per picture
     if seed is None: seed = random.randrange(2**31)
     seeds = [seed+i for i in range(n)] if isinstance(seed, int) else list(seed)
@@ -130,7 +130,7 @@ def generate_with_embs(
 
 def native_size(sd)->int: # Pixels
     "The side of the pictures a checkpoint was trained on: 128 for pocket, 512 for SD v1"
-    return sd.unet.config['sample_size']*8 if isinstance(sd.unet.config, dict) else sd.unet.config.sample_size*8
+    return sd.unet.config.sample_size*8
 
 def txt2img(
     sd,                          # `SD` bundle from `load_sd`
