@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['pieces', 'pocket_path', 'weights_file', 'check_folder', 'find_checkpoint', 'load_own', 'SD', 'load_sd']
 
-# %% ../nbs/27_load.ipynb #e963a748
+# %% ../nbs/27_load.ipynb #44ace66e
 import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 import torch
+from torch import nn
 from .tokenizer import Tokenizer
 from .text import TextEncoder, flat_keys
 from .vae import VAE
@@ -100,7 +101,7 @@ def _load_theirs(folder, variant):
     finally: logging.enable_progress_bar() if shown else None
     return tokenizer, *nets
 
-# %% ../nbs/27_load.ipynb #0a838a29
+# %% ../nbs/27_load.ipynb #562e2761
 @dataclass
 class SD:
     "The pieces of a Stable Diffusion checkpoint"
@@ -116,7 +117,7 @@ class SD:
     def dtype(self): return next(self.unet.parameters()).dtype
     def to(self, *args):
         "Move and convert all networks"
-        for net in (self.text_encoder, self.vae, self.unet): net.to(*args)
+        for net in (self.text_encoder, self.vae, self.unet): nn.Module.to(net, *args) # diffusers' own `to` warns about every dtype
         return self
 
 def load_sd(

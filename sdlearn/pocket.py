@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['vae_config', 'text_config', 'unet_config', 'scheduler_config', 'model_index', 'facts', 'update_facts', 'subjects',
-           'held_out', 'scene', 'pictures', 'batch_of', 'edges', 'picture_loss', 'vae_loss', 'VAELoss', 'train_vae',
-           'standardize', 'Pair', 'token_ids', 'train_clip', 'cache_latents', 'cache_texts', 'snr_weight', 'train_unet',
+           'held_out', 'scene', 'pictures', 'batch_of', 'edges', 'picture_loss', 'VAELoss', 'train_vae', 'standardize',
+           'Pair', 'token_ids', 'train_clip', 'cache_latents', 'cache_texts', 'snr_weight', 'train_unet',
            'save_checkpoint', 'sheet', 'train', 'train_decoder', 'Clip', 'load_clip', 'scores', 'pixel_features',
            'nearest', 'draw_all', 'share', 'evaluate_seen', 'evaluate_held_out', 'evaluate_vae', 'evaluate',
            'write_card', 'main']
@@ -50,7 +50,7 @@ def held_out(path=None)->list:
     "(subject, style, background) of the pairs of known subjects that were kept out of all training"
     return scenes.held_out(facts(path)['subjects'])
 
-# %% ../nbs/62_pocket.ipynb #5a1b8d55
+# %% ../nbs/62_pocket.ipynb #b43043db
 def scene(
     i:int,        # Number of the scene: the same number, the same scene
     n:int=None,   # Among the first `n` subjects
@@ -76,7 +76,7 @@ def pictures(
     if not path.with_suffix('.json').exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         out, captions = np.lib.format.open_memmap(path, 'w+', np.uint8, (count, side, side, 3)), []
-        for i in tqdm(range(count), desc='rendering'):
+        for i in tqdm(range(count), desc='rendering', disable=count<999):
             im, text = render(*scene(i, n), seed=i, side=side)
             out[i] = np.asarray(im); captions.append(text)
         out.flush(); path.with_suffix('.json').write_text(json.dumps(captions))
@@ -95,7 +95,7 @@ def batch_of(
     top, left = torch.randint(0, x.shape[-1]-crop+1, (2,), generator=rng).tolist()
     return x[..., top:top+crop, left:left+crop].contiguous()
 
-# %% ../nbs/62_pocket.ipynb #92037bf9
+# %% ../nbs/62_pocket.ipynb #5f1a95fc
 vae_config = dict(block_out_channels=(32,64,96,128), down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
                   layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=128, scaling_factor=scaling_factor)
 
@@ -108,27 +108,27 @@ def picture_loss(
     "Absolute and squared error, edges, and the colour of every 8x8 patch, which would otherwise be learned last"
     return F.l1_loss(y, x)+4*F.mse_loss(y, x)+F.l1_loss(edges(y), edges(x))+10*F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
 
-def vae_loss(
-    vae,             # diffusers' AutoencoderKL
-    x:torch.Tensor,  # (B,3,H,W) in -1..1
-    g,               # torch Generator
-    kl:float=1e-4,   # Weight of the KL term, per latent number
-)->torch.Tensor:
-    "What the picture lost, and a little KL towards a standard normal"
-    mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
-    logvar = logvar.clamp(-30, 20)
-    z = mean+(logvar/2).exp()*torch.randn(mean.shape, generator=g).to(mean)
-    return picture_loss(vae.decoder(vae.post_quant_conv(z)).float(), x)+kl*(mean**2+logvar.exp()-1-logvar).mean()/2
-
 class VAELoss(nn.Module):
-    "The whole step inside one forward, so that Accelerate can wrap it"
-    def __init__(self, vae): super().__init__(); self.vae = vae
-    def forward(self, x, g): return vae_loss(self.vae, x, g)
+    "The autoencoder and its loss in one forward, so that Accelerate can wrap it"
+    def __init__(self,
+        vae,           # diffusers' AutoencoderKL
+        kl:float=1e-4, # Weight of the KL term, per latent number
+    ):
+        super().__init__()
+        self.vae, self.kl, self.color = vae, kl, nn.Conv2d(4, 3, 1) # reads the colour of a patch off its latents; thrown away at the end
+    def forward(self, x, g):
+        mean, logvar = self.vae.quant_conv(self.vae.encoder(x)).float().chunk(2, 1)
+        logvar = logvar.clamp(-30, 20)
+        z = mean+(logvar/2).exp()*torch.randn(mean.shape, generator=g).to(mean)
+        y = self.vae.decoder(self.vae.post_quant_conv(z)).float()
+        prior = (mean**2+logvar.exp()-1-logvar).mean()/2 # KL to a standard normal
+        return picture_loss(y, x)+8*F.mse_loss(self.color(z).float(), F.avg_pool2d(x, 8))+self.kl*prior
 
 def train_vae(
     data,            # uint8 pictures (N,128,128,3)
     steps:int,       # Optimiser steps
     run='runs/pocket', # Where the state is kept
+    bs:int=32,       # Crops in a batch; a quarter as many whole pictures
     lr:float=8e-4,
     **kw,            # To `fit`
 ):                   # AutoencoderKL, not yet scaled
@@ -138,7 +138,7 @@ def train_vae(
     net = VAELoss(AutoencoderKL(**vae_config))
     def loss(net, g):
         whole = torch.rand((), generator=g)<.33
-        idx = torch.randint(len(data), (8 if whole else 32,), generator=g)
+        idx = torch.randint(len(data), (bs//4 if whole else bs,), generator=g)
         return net(batch_of(data, idx, None if whole else 64, g, next(net.parameters()).device), g)
     losses = fit(net, loss, steps, lr=lr, path=Path(run)/'vae.pt', **kw)
     return net.vae.eval(), losses
@@ -198,7 +198,7 @@ def train_clip(
     with torch.no_grad(): emb.mul_(keep)
     return pair.eval(), losses
 
-# %% ../nbs/62_pocket.ipynb #c0f8555c
+# %% ../nbs/62_pocket.ipynb #caa729f0
 unet_config = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64,128,176), norm_num_groups=16, layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
                    down_block_types=('DownBlock2D','CrossAttnDownBlock2D','DownBlock2D'), up_block_types=('UpBlock2D','CrossAttnUpBlock2D','UpBlock2D'))
 
@@ -211,7 +211,7 @@ def cache_latents(
     "Encode every picture once: the UNet never sees pixels"
     from tqdm.auto import tqdm
     if path and Path(path).exists(): return torch.load(path, weights_only=True)
-    out = torch.cat([vae.encode(batch_of(data, range(i, min(i+bs, len(data))))).latent_dist.mean*scaling_factor for i in tqdm(range(0, len(data), bs), desc='encoding')]).half()
+    out = torch.cat([vae.encode(batch_of(data, range(i, min(i+bs, len(data))))).latent_dist.mean*scaling_factor for i in tqdm(range(0, len(data), bs), desc='encoding', disable=len(data)<999)]).half()
     if path: torch.save(out, path)
     return out
 
@@ -224,7 +224,7 @@ def cache_texts(
     from tqdm.auto import tqdm
     rows = {t: i for i, t in enumerate(dict.fromkeys(['', *captions]))}
     texts = list(rows)
-    emb = torch.cat([text_encoder(token_ids(tokenizer, texts[i:i+bs]))[0].half() for i in tqdm(range(0, len(texts), bs), desc='texts')])
+    emb = torch.cat([encode_tokens(text_encoder, token_ids(tokenizer, texts[i:i+bs])).half() for i in tqdm(range(0, len(texts), bs), desc='texts', disable=len(texts)<999)])
     return emb, torch.tensor([rows[c] for c in captions])
 
 # %% ../nbs/62_pocket.ipynb #a99a2a5f
@@ -396,7 +396,7 @@ def scores(
     clip = load_clip(path)
     return clip.image_features(images_to_tensor(images))@clip.text_features(texts).T
 
-# %% ../nbs/62_pocket.ipynb #2005e261
+# %% ../nbs/62_pocket.ipynb #ba57f63a
 def pixel_features(
     images,         # PIL pictures
     side:int=32,    # They are shrunk to this
@@ -415,7 +415,7 @@ def draw_all(sd, prompts, seed=0, bs=8, **kw):
     "Pictures for many prompts, in batches"
     from sdlearn.pipeline import txt2img
     from tqdm.auto import tqdm
-    return [im for i in tqdm(range(0, len(prompts), bs), desc='drawing') for im in txt2img(sd, prompts[i:i+bs], seed=seed+i, progress=False, **kw)]
+    return [im for i in tqdm(range(0, len(prompts), bs), desc='drawing', disable=len(prompts)<99) for im in txt2img(sd, prompts[i:i+bs], seed=seed+i, progress=False, **kw)]
 
 def share(right)->float: return round(torch.as_tensor(right).float().mean().item(), 4)
 

@@ -166,12 +166,12 @@ def dpmpp_2m(eps_fn, x, sigmas, timesteps=None, noise_fn=None):
         yield (step := make_step(i, t, sigma, x, eps, r*x+(1-r)*D, sigma_next))
         x, x0_prev, h_prev = step.x_next, x0, h
 
-# %% ../nbs/26_sample.ipynb #55e6d593
+# %% ../nbs/26_sample.ipynb #7633ed26
 def unipc_weights(
     h:float,            # log(sigma/sigma') of the step to correct
     h_prev:float=None,  # The same of the step before, if there is one
 )->tuple:               # Weights of (x0_prev - x0)*h/h_prev and of (x0' - x0)
-    "UniC's rho for B(h)=exp(-h)-1 (Zhao et al. 2023, eq. 9): the correction is exact when x0 is a parabola in log(sigma)"
+    "UniC's rho for B(h)=exp(-h)-1 (Zhao et al. 2023): the correction is exact when x0 is a parabola in log(sigma)"
     if h_prev is None: return 0., .5
     r, B = -h_prev/h, math.expm1(-h)
     p1 = B/-h-1
