@@ -63,7 +63,7 @@ def tensor_to_images(
     x = ((x.detach().float().cpu().clamp(-1, 1)+1)*127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(a) for a in x]
 
-# %% ../nbs/00_core.ipynb #a8787112
+# %% ../nbs/00_core.ipynb #1a820e3c
 def image_grid(
     images:list,    # PIL images of one size
     rows:int=None,  # Rows; found from `cols` or a near-square shape when missing
@@ -86,7 +86,7 @@ def show_figure(
     "Show a figure as a PNG of 256 colours, several times smaller, which keeps notebooks light"
     import io, matplotlib.pyplot as plt
     from IPython.display import Image as Shown, display
-    fig.savefig(raw := io.BytesIO(), dpi=dpi); plt.close(fig)
+    fig.savefig(raw := io.BytesIO(), dpi=dpi, bbox_inches='tight', pad_inches=.03); plt.close(fig)
     Image.open(raw).convert('RGB').quantize(256).save(out := io.BytesIO(), 'PNG', optimize=True)
     display(Shown(out.getvalue()))
 

@@ -144,7 +144,7 @@ def climb(
     for _ in range(steps): path.append((path[-1]+C*gradient(f, path[-1])).clamp(-1, 1))
     return path
 
-# %% ../nbs/10_digits.ipynb #4b76173b
+# %% ../nbs/10_digits.ipynb #6a1bddc8
 def shift(
     x:torch.Tensor,            # (B,1,H,W)
     generator:torch.Generator, # On the CPU
@@ -160,7 +160,7 @@ def train_classifier(
     x:torch.Tensor,  # (N,1,H,W) in -1..1
     y:torch.Tensor,  # (N,) integers from 0
     classes:int=10,  # How many there are
-    steps:int=300,   # Of 128 pictures
+    steps:int=600,   # Of 128 pictures
     seed:int=0,      # Of the weights and of the batches
     **kwargs,        # For `fit`
 )->Classifier:

@@ -122,7 +122,7 @@ class Attention(nn.Module):
         q, k, v = map(self.split, self.qkv(x, context, memo))
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-# %% ../nbs/24_unet.ipynb #4ecc5a5d
+# %% ../nbs/24_unet.ipynb #04a7719c
 class GEGLU(nn.Module):
     "Twice the channels: one half, times GELU of the other (Shazeer 2020)"
     def __init__(self, 
@@ -156,7 +156,7 @@ class TransformerBlock(nn.Module):
         self.norm2, self.attn2 = nn.LayerNorm(c), Attention(c, cc, heads)
         self.norm3, self.ff    = nn.LayerNorm(c), FeedForward(c)
     def forward(self, x, context, memo=None):
-        x = x+self.attn1(self.norm1(x))
+        x = x+self.attn1(self.norm1(x), None, memo)
         x = x+self.attn2(self.norm2(x), context, memo)
         return x+self.ff(self.norm3(x))
 
@@ -281,7 +281,7 @@ class UNet(nn.Module):
         for block in self.up_blocks: x, _ = block(x, temb, text_embeddings, memo, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-# %% ../nbs/24_unet.ipynb #a7415cc2
+# %% ../nbs/24_unet.ipynb #50dd67b5
 class Prepared:
     "A `UNet` that remembers, for one run, what depends only on the words and the weights"
     def __init__(self,
@@ -294,7 +294,7 @@ class Prepared:
 def prepare(
     unet, # `UNet` or diffusers' UNet2DConditionModel
 ):        # What `predict_noise` takes, for one run: make it anew when weights or words have changed
-    "Compute keys and values of the words once per run instead of once per step; only without gradients, and only in our own network"
+    "Compute keys and values of the words once per run instead of once per step, and q, k, v of the picture in one product; only in our own network, and only without gradients"
     return Prepared(unet) if isinstance(unet, UNet) else unet
 
 # %% ../nbs/24_unet.ipynb #211a7158

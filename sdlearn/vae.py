@@ -134,17 +134,17 @@ class Decoder(nn.Module):
         for block in self.up_blocks: x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-# %% ../nbs/22_vae.ipynb #e7914bfb
+# %% ../nbs/22_vae.ipynb #6bcb7f7e
 vae_defaults = dict(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=32, mid_block_add_attention=True) # as diffusers' AutoencoderKL
 old_names = {'query.':'to_q.', 'key.':'to_k.', 'value.':'to_v.', 'proj_attn.':'to_out.0.'} # the attention's, in SD v1 files saved before 2023
 
 class VAE(nn.Module):
     "The autoencoder of Stable Diffusion (Rombach et al. 2022) with the parameter names of diffusers' AutoencoderKL"
     def __init__(self,
-        config:dict, # The content of a checkpoint's vae/config.json
+        config, # The content of a checkpoint's vae/config.json
     ):
         super().__init__()
-        self.config = cfg = SimpleNamespace(**(vae_defaults | dict(config)))
+        self.config = cfg = SimpleNamespace(**(vae_defaults | (vars(config) if isinstance(config, SimpleNamespace) else dict(config))))
         kinds, cfg.block_out_channels = {*cfg.down_block_types, *cfg.up_block_types}, tuple(cfg.block_out_channels)
         if odd := kinds-{'DownEncoderBlock2D', 'UpDecoderBlock2D'}: raise ValueError(f"expected the blocks DownEncoderBlock2D and UpDecoderBlock2D of SD's VAE, got {sorted(odd)}; use diffusers' AutoencoderKL for this checkpoint")
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
