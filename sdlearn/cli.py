@@ -9,7 +9,7 @@ __all__ = ['parser', 'settings', 'save_picture', 'writable', 'draw', 'main']
 import argparse, random, sys, warnings
 from pathlib import Path
 
-# %% ../nbs/70_cli.ipynb #c534abe0
+# %% ../nbs/70_cli.ipynb #bbfd96e4
 def parser()->argparse.ArgumentParser:
     "The options of the command"
     p = argparse.ArgumentParser('sdlearn', description='Draw a picture from words with Stable Diffusion: pocket, the small one in this package, or any SD 1.x.')
@@ -18,9 +18,9 @@ def parser()->argparse.ArgumentParser:
     add('-o', '--output', default='out.png', help='file to write (.png, .jpg, .webp); out.png')
     add('--negative', default='', help='what to move away from')
     add('--steps', type=int, default=30, help='denoising steps, 2 to 1000; 30')
-    add('--guidance', type=float, default=7.5, help='guidance scale, 1 is off; 7.5')
+    add('--guidance', type=float, help='guidance scale, 1 is off; what the checkpoint recommends')
     add('--seed', type=int, help='a number; a random one is chosen and printed')
-    add('--sampler', default='lms', help='lms, euler, ddim, dpmpp_2m, ...; an unknown one lists them all')
+    add('--sampler', default='dpmpp_2m', help='dpmpp_2m, euler, ddim, lms, ...; an unknown one lists them all')
     add('--n', type=int, default=1, help='number of pictures: seeds seed, seed+1, ...')
     add('--grid', action='store_true', help='put the pictures into one file, side by side')
     add('--gif', help='also write this file: left the latents, right the predicted picture, step by step')
@@ -61,7 +61,7 @@ def writable(
     except OSError as e: raise ValueError(f"expected to be able to write {str(path)!r}, but: {e.strerror}. Choose another place with -o.") from None
     return path
 
-# %% ../nbs/70_cli.ipynb #635c0e2b
+# %% ../nbs/70_cli.ipynb #c2916486
 def draw(
     args,   # Parsed options
 )->list:    # The files written
@@ -77,7 +77,7 @@ def draw(
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     print(f'seed {seed}', flush=True)
     sd = load_sd(args.model, device, torch.float16 if args.model and device!='cpu' else torch.float32, networks='own')
-    frames = []
+    frames, args.guidance = [], sd.guidance_scale if args.guidance is None else args.guidance
     images = txt2img(sd, [args.prompt]*args.n, args.negative, args.steps, args.guidance, seed, args.sampler, args.height, args.width,
                      on_step=(lambda s: frames.append(step_panel(sd, s))) if gif else None)
     if args.grid: images, files = [image_grid(images)], [out]

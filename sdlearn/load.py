@@ -101,7 +101,7 @@ def _load_theirs(folder, variant):
     finally: logging.enable_progress_bar() if shown else None
     return tokenizer, *nets
 
-# %% ../nbs/27_load.ipynb #562e2761
+# %% ../nbs/27_load.ipynb #09da00b7
 @dataclass
 class SD:
     "The pieces of a Stable Diffusion checkpoint"
@@ -110,6 +110,7 @@ class SD:
     vae:object           # `AutoencoderKL` or `VAE`
     unet:object          # `UNet2DConditionModel` or `UNet`
     path:Path            # The folder it came from
+    guidance_scale:float=7.5 # What the checkpoint recommends: 7.5 for SD v1, less for pocket
 
     @property
     def device(self): return next(self.unet.parameters()).device
@@ -134,4 +135,5 @@ def load_sd(
     else: got = _load_theirs(folder, variant)
     if len(got[0])!=49408 or got[0].model_max_length!=77: raise ValueError(f"expected CLIP's tokenizer with 49408 entries and 77 places, got {len(got[0])} and {got[0].model_max_length} from {folder/'tokenizer'}")
     for net in got[1:]: net.eval().requires_grad_(False)
-    return SD(*got, folder).to(device, dtype)
+    note = folder/'pocket.json'
+    return SD(*got, folder, json.loads(note.read_text()).get('guidance_scale', 7.5) if note.exists() else 7.5).to(device, dtype)

@@ -14,7 +14,7 @@ from .digits import check_pictures
 from .guidance import cfg
 from .schedule import add_noise, check_sigmas, scale_input
 
-# %% ../nbs/11_noise.ipynb #aa5b3b71
+# %% ../nbs/11_noise.ipynb #0e7c27e5
 class Block(nn.Module):
     "Two 3x3 convolutions beside a shortcut; what the network is told is added in the middle"
     def __init__(self,
@@ -43,6 +43,7 @@ class SmallUNet(nn.Module):
         self.register_buffer('waves', 2.**torch.arange(-3, 4))
         self.level = nn.Sequential(nn.Linear(14, told), nn.SiLU(), nn.Linear(told, told))
         self.label = nn.Linear(classes, told)
+        nn.init.normal_(self.label.weight, std=2.)   # loud, so that the class is listened to from the start
         self.inp, self.down, self.up, self.out = nn.Conv2d(channels, w, 3, padding=1), nn.Conv2d(w, 2*w, 2, 2), nn.ConvTranspose2d(2*w, w, 2, 2), nn.Conv2d(w, channels, 3, padding=1)
         self.a, self.b, self.c, self.d = Block(w, w, told), Block(2*w, 2*w, told), Block(2*w, 2*w, told), Block(2*w, w, told)
     def forward(self,
@@ -136,7 +137,7 @@ def draw(
         x = x+(sigma_next-sigma)*(direction(eps) if direction else eps)
     return x
 
-# %% ../nbs/11_noise.ipynb #e6816a7a
+# %% ../nbs/11_noise.ipynb #11639f62
 def momentum(
     beta:float=.5, # Share of the previous direction; negative looks ahead instead
 ):                 # eps -> direction, with a memory: make a new one for every drawing
@@ -151,11 +152,12 @@ def momentum(
 def adam(
     beta1:float=.5,  # Of the running mean
     beta2:float=.9,  # Of the running mean of squares
+    size:float=1.,   # Of the direction
 ):                   # eps -> direction, with a memory: make a new one for every drawing
     "Running mean over root of the running mean square, per pixel, both corrected for their start (Kingma & Ba 2015, alg. 1)"
     m, v, i = 0., 0., 0
     def direction(eps):
         nonlocal m, v, i
         m, v, i = beta1*m+(1-beta1)*eps, beta2*v+(1-beta2)*eps**2, i+1
-        return (m/(1-beta1**i))/((v/(1-beta2**i)).sqrt()+1e-8)
+        return size*(m/(1-beta1**i))/((v/(1-beta2**i)).sqrt()+1e-8)
     return direction

@@ -36,24 +36,23 @@ def noise_predictor(
         return cfg(*predict_noise(unet, torch.cat([x_in]*2), t, text_embeddings).to(x.dtype).chunk(2), guidance_scale)
     return eps_fn
 
-# %% ../nbs/28_pipeline.ipynb #e3257d84
+# %% ../nbs/28_pipeline.ipynb #9448fef6
 def check_inputs(
     prompts:list,                 # Strings
     num_inference_steps:int=30,   # 2..1000
-    guidance_scale:float=7.5,     # 0 or more
+    guidance_scale:float=None,    # 0 or more; None: the checkpoint's own
     height:int=8, width:int=8,    # Multiples of 8
     strength:float=1.,            # 0..1
-    multiple:int=8,               # Sides must be divisible by this
 ):
     "Raise a readable error for settings that cannot work"
     if not prompts: raise ValueError("expected at least one prompt, got an empty list. For a picture without a prompt use ''.")
     if bad := [p for p in prompts if not isinstance(p, str)]: raise ValueError(f"expected prompts that are strings, got {bad[0]!r}")
     if not isinstance(num_inference_steps, int) or not 2<=num_inference_steps<=1000:
         raise ValueError(f"expected num_inference_steps from 2 to 1000, got {num_inference_steps!r}. The model was trained on 1000 noise levels, and one step only gives the average picture; 20 to 50 is usual.")
-    if not (isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale) and guidance_scale>=0):
+    if guidance_scale is not None and not (isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale) and guidance_scale>=0):
         raise ValueError(f"expected a finite guidance_scale of 0 or more, got {guidance_scale!r}. 1 is off, 7.5 is usual.")
     for name, side in dict(height=height, width=width).items():
-        if not isinstance(side, int) or side<=0 or side%multiple: raise ValueError(f"expected a {name} that is a multiple of {multiple}, got {side!r}. Try {max(multiple, round(side/multiple)*multiple)}.")
+        if not isinstance(side, int) or side<=0 or side%8: raise ValueError(f"expected a {name} that is a multiple of 8, got {side!r}. Try {max(8, round(side/8)*8)}.")
     if not 0<=strength<=1: raise ValueError(f"expected a strength from 0 (the image as it is) to 1 (ignored), got {strength!r}")
 
 # %% ../nbs/28_pipeline.ipynb #9bca0a2b
@@ -66,7 +65,7 @@ def unseen_words(
     names = sd.tokenizer.convert_ids_to_tokens(ids.tolist())
     return [w.replace('</w>', '') for w, row in zip(names, get_token_embeds(sd.text_encoder, ids)) if not row.any()]
 
-# %% ../nbs/28_pipeline.ipynb #ec7098c6
+# %% ../nbs/28_pipeline.ipynb #7df4b316
 def encode_prompt(
     sd,                  # `SD` bundle
     prompts:list,        # One string per picture
@@ -76,7 +75,7 @@ def encode_prompt(
     negative = [negative_prompt]*len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
     if len(negative)!=len(prompts): raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
     for p in prompts:
-        if words := unseen_words(sd, p): warnings.warn(f"this checkpoint has never seen {', '.join(map(repr, words))}; it draws anyway. sdlearn.pocket.subjects() lists what pocket knows.")
+        if words := unseen_words(sd, p): warnings.warn(f"this checkpoint has never seen {', '.join(map(repr, dict.fromkeys(words)))}; it draws anyway. sdlearn.pocket.subjects() lists what pocket knows.")
     return torch.cat([embed_prompts(sd.tokenizer, sd.text_encoder, negative), embed_prompts(sd.tokenizer, sd.text_encoder, prompts)]).to(sd.dtype)
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def denoise(
     x:torch.Tensor,               # (B,4,h,w) noisy latents, x0 + sigma*noise
     num_inference_steps:int=30,   # Steps of the whole schedule
     guidance_scale:float=7.5,     # 1 is off
-    sampler='lms',                # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
+    sampler='dpmpp_2m',                # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
     start_step:int=0,             # First step to take: later for image-to-image
     noise_fn=None,                # Fresh noise for the samplers that add some: called with x, gives its like
     interval:tuple=(0., math.inf),# sigmas at which to guide
@@ -98,7 +97,7 @@ def denoise(
     steps = sample(sampler, eps_fn, x, num_inference_steps, start_step=start_step, noise_fn=noise_fn)
     yield from tqdm(steps, total=num_inference_steps-start_step, disable=not progress, leave=False)
 
-# %% ../nbs/28_pipeline.ipynb #9802a65f
+# %% ../nbs/28_pipeline.ipynb #6e3861c3
 def _seeds(seed, n): # one integer per picture
     if seed is None: seed = random.randrange(2**31)
     seeds = [seed+i for i in range(n)] if isinstance(seed, int) else list(seed)
@@ -108,6 +107,7 @@ def _seeds(seed, n): # one integer per picture
 def _fresh(seeds): return noise_from([torch.Generator().manual_seed(s+2**32) for s in seeds]) # for samplers that add noise on the way
 
 def _run(sd, text_embeddings, x, n, scale, sampler, start_step, seeds, interval, progress, on_step=None):
+    scale = sd.guidance_scale if scale is None else scale
     for step in denoise(sd, text_embeddings, x, n, scale, sampler, start_step, _fresh(seeds), interval, progress):
         if on_step: on_step(step)
     return latents_to_pil(step.x_next.to(sd.dtype), sd.vae)
@@ -115,9 +115,9 @@ def _run(sd, text_embeddings, x, n, scale, sampler, start_step, seeds, interval,
 def generate_with_embs(
     sd,                           # `SD` bundle
     text_embeddings:torch.Tensor, # (B,77,D): the unconditional half is added; or (2B,77,D) with `uncond=False`
-    num_inference_steps:int=30, guidance_scale:float=7.5,
+    num_inference_steps:int=30, guidance_scale:float=None, # None: what the checkpoint recommends
     seed=32,                      # An integer (picture i gets seed+i) or one per picture
-    sampler='lms', height:int=None, width:int=None,
+    sampler='dpmpp_2m', height:int=None, width:int=None,
     uncond:bool=True,             # Put the embeddings of "" before
     interval:tuple=(0., math.inf), on_step=None, progress:bool=True, # As in `txt2img`
 )->list:                          # PIL images
@@ -137,10 +137,10 @@ def txt2img(
     prompt,                      # A string or a list of them
     negative_prompt='',          # What to move away from
     num_inference_steps:int=30,  # 2 to 1000
-    guidance_scale:float=7.5,    # 1 is off, 0 ignores the prompt
+    guidance_scale:float=None,   # 1 is off, 0 ignores the prompt; None: what the checkpoint recommends, 7.5 for SD v1
     seed=None,                   # An integer (picture i gets seed+i), one per prompt, or None for a random one
-    sampler='lms',               # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
-    height:int=None, width:int=None, # Pixels, multiples of 8 (of 32 for pocket); the checkpoint's own size when missing
+    sampler='dpmpp_2m',               # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
+    height:int=None, width:int=None, # Pixels, multiples of 8; the checkpoint's own size when missing
     interval:tuple=(0., math.inf), # sigmas at which to guide
     on_step=None,                # Called with every `Step`, e.g. to record it
     progress:bool=True,          # Show a bar
@@ -152,7 +152,7 @@ def txt2img(
     emb = encode_prompt(sd, prompts, negative_prompt)
     return generate_with_embs(sd, emb, num_inference_steps, guidance_scale, _seeds(seed, len(prompts)), sampler, h, w, False, interval, on_step, progress)
 
-# %% ../nbs/28_pipeline.ipynb #ef08b7f3
+# %% ../nbs/28_pipeline.ipynb #6bed52bd
 def start_step(
     num_inference_steps:int, # Steps of the whole schedule
     strength:float,          # 0..1
@@ -176,7 +176,7 @@ def img2img(
     sd, prompt,               # As in `txt2img`
     image,                    # A PIL image or one per prompt, of any mode; sides a multiple of 8
     strength:float=.6,        # 0 returns the image, 1 ignores it
-    negative_prompt='', num_inference_steps:int=30, guidance_scale:float=7.5, seed=None, sampler='lms',
+    negative_prompt='', num_inference_steps:int=30, guidance_scale:float=None, seed=None, sampler='dpmpp_2m',
     interval:tuple=(0., math.inf), on_step=None, progress:bool=True, # As in `txt2img`
 )->list:                      # PIL images, one per prompt
     "Image to image: the same loop, started later (SDEdit, Meng et al. 2021)"
@@ -189,14 +189,14 @@ def img2img(
     if first>=n: return latents_to_pil(encode(sd.vae, images.to(sd.device, sd.dtype)), sd.vae)
     return _run(sd, encode_prompt(sd, prompts, negative_prompt), x, n, guidance_scale, sampler, first, seeds, interval, progress, on_step)
 
-# %% ../nbs/28_pipeline.ipynb #ff483ca4
+# %% ../nbs/28_pipeline.ipynb #fc91f7f2
 @torch.no_grad()
 def inpaint(
     sd, prompt,               # As in `txt2img`
     image,                    # A PIL image or one per prompt
     mask,                     # A PIL image of the same size: white is redrawn, black is kept
     strength:float=1.,        # How much of what is under the mask is forgotten
-    negative_prompt='', num_inference_steps:int=30, guidance_scale:float=7.5, seed=None, sampler='lms',
+    negative_prompt='', num_inference_steps:int=30, guidance_scale:float=None, seed=None, sampler='dpmpp_2m',
     interval:tuple=(0., math.inf), on_step=None, progress:bool=True, # As in `txt2img`
 )->list:                      # PIL images, one per prompt
     "Inpainting with any checkpoint: the same loop, with the kept part put back after each step"
@@ -209,8 +209,9 @@ def inpaint(
     if first>=n: return latents_to_pil(latents.to(sd.dtype), sd.vae)
     holes = torch.stack([torch.from_numpy(np.array(m, dtype=np.float32))/255 for m in masks])[:, None].round()
     hole = F.interpolate(holes, latents.shape[-2:]).to(latents)   # one number per latent
-    def keep(step):
-        step.x_next = torch.lerp(latents+step.sigma_next*noise, step.x_next, hole)
+    end = plan(sampler, n).sigmas[-1]
+    def keep(step): # the last x_next is clean, so nothing is added there
+        step.x_next = torch.lerp(latents+(0 if step.sigma_next==end else step.sigma_next)*noise, step.x_next, hole)
         if on_step: on_step(step)
     return _run(sd, encode_prompt(sd, prompts, negative_prompt), x, n, guidance_scale, sampler, first, seeds, interval, progress, keep)
 

@@ -294,7 +294,7 @@ def save_checkpoint(
         _write(folder/'text_encoder', dict(architectures=['CLIPTextModel'], model_type='clip_text_model', torch_dtype='float32', dtype='float32', layer_norm_eps=1e-5, dropout=0., attention_dropout=0., initializer_factor=1., initializer_range=.02, **text_config), text, 'model.safetensors')
         _write(folder/'clip', pair.image.config, {'text_projection.weight': proj, 'scale': pair.scale, **{'image.'+k: v for k, v in pair.image.state_dict().items()}}, 'model.safetensors')
 
-# %% ../nbs/62_pocket.ipynb #44e0d94e
+# %% ../nbs/62_pocket.ipynb #1027a3c2
 @torch.no_grad()
 def sheet(vae, unet, emb, path, n=8):
     "Sample pictures while training: one row of captions, ten Euler steps"
@@ -309,7 +309,7 @@ def sheet(vae, unet, emb, path, n=8):
 def train(
     run='runs/pocket',       # Folder for data and states; a run is resumed from it
     out='runs/pocket/checkpoint', # Gets the checkpoint
-    n:int=118,               # Subjects the UNet learns to draw; the two encoders learn all
+    n:int=320,               # Subjects the UNet learns to draw; the two encoders learn all
     vae_steps:int=1300, clip_steps:int=1000, unet_steps:int=12000, # Steps of each stage
     mixed_precision:str='bf16', # 'no', 'bf16', or 'fp16' on older GPUs
     decoder_steps:int=0,     # Polish the decoder afterwards, with the encoder frozen
@@ -328,7 +328,7 @@ def train(
     from diffusers import AutoencoderKL
     from sdlearn.load import load_own
     vae, text = AutoencoderKL.from_pretrained(out/'vae', use_safetensors=True).eval(), load_own(TextEncoder, out/'text_encoder').eval()
-    data, captions = pictures(run/f'core{n}.npy', 160*n, n)
+    data, captions = pictures(run/f'first{n}.npy', 64*n, n)
     latents = cache_latents(vae, data, run/f'latents{n}.pt')
     emb, rows = cache_texts(text, tokenizer, captions)
     if decoder_steps: save_checkpoint(out, vae=train_decoder(vae, data, latents, decoder_steps, run, mixed_precision=mixed_precision)[0].cpu())
@@ -353,7 +353,7 @@ def train_decoder(
         return picture_loss(y, x)
     return vae, fit(half, loss, steps, lr=lr, path=Path(run)/'decoder.pt', **kw)
 
-# %% ../nbs/62_pocket.ipynb #63a72212
+# %% ../nbs/62_pocket.ipynb #ea47f43b
 class Clip(nn.Module):
     "Pocket's contrastive pair, for scoring pictures against words"
     def __init__(self, image, text_encoder, tokenizer, projection):
@@ -368,7 +368,7 @@ class Clip(nn.Module):
         texts:list,     # Strings
     )->torch.Tensor:    # (B,128) unit vectors
         "Where words lie: the text encoder's output at the end token, projected"
-        ids = token_ids(self.tokenizer, texts)
+        ids = token_ids(self.tokenizer, texts, False)
         last = encode_tokens(self.text_encoder, ids)[torch.arange(len(ids)), (ids==49407).int().argmax(1)]
         return F.normalize(last@self.projection.T, dim=-1)
 
@@ -396,7 +396,7 @@ def scores(
     clip = load_clip(path)
     return clip.image_features(images_to_tensor(images))@clip.text_features(texts).T
 
-# %% ../nbs/62_pocket.ipynb #ba57f63a
+# %% ../nbs/62_pocket.ipynb #3aa43f0a
 def pixel_features(
     images,         # PIL pictures
     side:int=32,    # They are shrunk to this
@@ -448,14 +448,14 @@ def evaluate_vae(vae, names, n=128):
 
 def evaluate(
     path=None,                  # A checkpoint folder; pocket when missing
-    num_inference_steps:int=30, guidance_scale:float=7.5, sampler:str='lms',
+    num_inference_steps:int=30, guidance_scale:float=None, sampler:str='dpmpp_2m', # As in `txt2img`
     limit:int=None,             # Only so many subjects and pairs, for a quick look
     out=None,                   # Folder for contact sheets
 )->dict:                        # The numbers of the model card
     "Measure a checkpoint: run this before its weights are replaced"
     from sdlearn.load import load_sd
     sd, names = load_sd(path, networks='own'), subjects(path)
-    kw = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler)
+    kw = dict(num_inference_steps=num_inference_steps, guidance_scale=sd.guidance_scale if guidance_scale is None else guidance_scale, sampler=sampler)
     pairs = held_out(path); pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:limit or 200]]
     m = dict(settings=kw, vae_psnr=evaluate_vae(sd.vae, names))
     m['seen'], seen = evaluate_seen(sd, names if limit is None else names[:limit], **kw)
@@ -468,7 +468,7 @@ def evaluate(
         image_grid(seen, cols=16).save(Path(out)/'seen.png'); image_grid(unseen, cols=16).save(Path(out)/'held_out.png')
     return m
 
-# %% ../nbs/62_pocket.ipynb #b3b2185b
+# %% ../nbs/62_pocket.ipynb #b57f9dfd
 def write_card(
     path=None, # A checkpoint folder with pocket.json; pocket when missing
 )->str:        # The card, written to README.md in the folder
@@ -501,11 +501,11 @@ A small Stable Diffusion for teaching: {size:.1f} MB, {f['subjects']} subjects, 
 def main(argv=None):
     "python -m sdlearn.pocket train | evaluate | card"
     p = argparse.ArgumentParser('sdlearn.pocket', description='Train, measure and describe the embedded checkpoint'); sub = p.add_subparsers(dest='do', required=True)
-    t = sub.add_parser('train', help='train from zero, or resume'); t.add_argument('--run', default='runs/pocket'); t.add_argument('--out', default='runs/pocket/checkpoint'); t.add_argument('--subjects', type=int, default=118)
+    t = sub.add_parser('train', help='train from zero, or resume'); t.add_argument('--run', default='runs/pocket'); t.add_argument('--out', default='runs/pocket/checkpoint'); t.add_argument('--subjects', type=int, default=320)
     for k, v in dict(vae=1300, clip=1000, unet=12000, decoder=0).items(): t.add_argument(f'--{k}-steps', type=int, default=v)
     t.add_argument('--precision', default='bf16', choices=['no', 'bf16', 'fp16'])
     e = sub.add_parser('evaluate', help='measure, and keep the numbers in pocket.json and the card'); e.add_argument('path', nargs='?'); e.add_argument('--limit', type=int); e.add_argument('--steps', type=int, default=30)
-    e.add_argument('--guidance', type=float, default=7.5); e.add_argument('--sampler', default='lms'); e.add_argument('--sheets'); e.add_argument('--keep', action='store_true', help='write the numbers into the checkpoint folder')
+    e.add_argument('--guidance', type=float); e.add_argument('--sampler', default='dpmpp_2m'); e.add_argument('--sheets'); e.add_argument('--keep', action='store_true', help='write the numbers into the checkpoint folder')
     sub.add_parser('card', help='write the model card again').add_argument('path', nargs='?')
     a = p.parse_args(argv)
     if a.do=='train': print(train(a.run, a.out, a.subjects, a.vae_steps, a.clip_steps, a.unet_steps, a.precision, a.decoder_steps))

@@ -15,16 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/24_unet.ipynb #0854058d
+# %% ../nbs/24_unet.ipynb #c13ab94b
 def check_shapes(
     unet,            # `UNet` or diffusers' UNet2DConditionModel
     x_in,            # Should be (B,4,h,w)
     text_embeddings, # Should be (B,77,D)
 ):
     "Say what is wrong with the shapes before a convolution does"
-    cfg, side = unet.config, 2**(len(unet.config.block_out_channels)-1)
+    cfg = unet.config
     if x_in.ndim!=4 or x_in.shape[1]!=cfg.in_channels: raise ValueError(f"expected latents of shape (B,{cfg.in_channels},h,w), got {tuple(x_in.shape)}; pil_to_latents makes them from pictures")
-    if x_in.shape[2]%side or x_in.shape[3]%side: raise ValueError(f"expected latents with sides that are a multiple of {side}, got {x_in.shape[2]}x{x_in.shape[3]}; pictures need sides that are a multiple of {8*side}")
     d = cfg.cross_attention_dim
     if text_embeddings.ndim!=3 or text_embeddings.shape[2]!=d: raise ValueError(f"expected text embeddings of shape (B,77,{d}), got {tuple(text_embeddings.shape)}; take them from this checkpoint's own text encoder")
     if len(text_embeddings)!=len(x_in): raise ValueError(f"expected one text embedding per picture, got {len(text_embeddings)} for {len(x_in)} latents; repeat one of them")
@@ -176,7 +175,7 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks: h = block(h, context, memo)
         return x+as_picture(conv1x1(self.proj_out, h), x)
 
-# %% ../nbs/24_unet.ipynb #f984608e
+# %% ../nbs/24_unet.ipynb #cd259a19
 class Downsample(nn.Module):
     "Halve the side with a convolution of stride 2"
     def __init__(self,
@@ -187,15 +186,15 @@ class Downsample(nn.Module):
     def forward(self, x): return self.conv(x)
 
 class Upsample(nn.Module):
-    "Double the side: every place four times, then a convolution"
+    "Double the sides: every place four times, then a convolution"
     def __init__(self,
         c:int, # Channels
     ):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
-    def forward(self, x): return self.conv(F.interpolate(x, scale_factor=2., mode='nearest'))
+    def forward(self, x, size): return self.conv(F.interpolate(x, size=size, mode='nearest')) # size: twice the sides, or one less where they were odd
 
-# %% ../nbs/24_unet.ipynb #937bdcf4
+# %% ../nbs/24_unet.ipynb #a15831d9
 class Floor(nn.Module):
     "Residual blocks, each followed by a transformer where the floor has them; on the way up each first takes a picture from the way down"
     def __init__(self,
@@ -219,7 +218,7 @@ class Floor(nn.Module):
             if self.attentions: x = self.attentions[i](x, context, memo)
             outs.append(x)
         if hasattr(self, 'downsamplers'): outs.append(x := self.downsamplers[0](x))
-        if hasattr(self, 'upsamplers'): x = self.upsamplers[0](x)
+        if hasattr(self, 'upsamplers'): x = self.upsamplers[0](x, skips[-1].shape[-2:])
         return x, outs
 
 class Mid(nn.Module):
