@@ -58,7 +58,7 @@ def deep_dive_loop(
         latents = scheduler.step(uncond+7.5*(text-uncond), t, latents).prev_sample
     return decode(sd.vae, latents)
 
-# %% ../nbs/71_bench.ipynb #144f4038
+# %% ../nbs/71_bench.ipynb #e334ba65
 class Timed:
     "Counts the seconds spent in a network's forward"
     def __init__(self, *nets):
@@ -72,14 +72,14 @@ def outside_share(
 )->float: # Share of the time of one picture
     "How much of a picture is spent outside text encoder, UNet and decoder"
     sd = load_sd(networks='own')
-    draw = lambda: txt2img(sd, 'A picture of a fox', num_inference_steps=steps, seed=0, progress=False)
+    draw = lambda: txt2img(sd, 'A picture of a fox', num_inference_steps=steps, guidance_scale=7.5, seed=0, progress=False)
     draw()
     inside = Timed(sd.text_encoder, sd.unet, sd.vae.decoder)
     t = time.perf_counter(); draw(); total = time.perf_counter()-t
     return 1-inside.seconds/total
 
-# %% ../nbs/71_bench.ipynb #570065eb
-cold_ours = "from sdlearn import load_sd, txt2img; txt2img(load_sd(networks='own'), 'A picture of a fox', num_inference_steps={steps}, seed=0, sampler='euler', progress=False)"
+# %% ../nbs/71_bench.ipynb #e4cef6df
+cold_ours = "from sdlearn import load_sd, txt2img; txt2img(load_sd(networks='own'), 'A picture of a fox', num_inference_steps={steps}, guidance_scale=7.5, seed=0, sampler='euler', progress=False)"
 cold_theirs = """from diffusers import StableDiffusionPipeline, EulerDiscreteScheduler
 from sdlearn.load import pocket_path
 p = StableDiffusionPipeline.from_pretrained(pocket_path(), use_safetensors=True); p.set_progress_bar_config(disable=True)
@@ -94,7 +94,7 @@ def cold(
     out = subprocess.run([sys.executable, '-c', code+report], capture_output=True, text=True, check=True)
     return time.perf_counter()-t, int(out.stdout.split()[-1])/(1024 if sys.platform!='darwin' else 2**20)
 
-# %% ../nbs/71_bench.ipynb #58cdc543
+# %% ../nbs/71_bench.ipynb #3f45b3e8
 def bench(
     steps:int=50, # Denoising steps
     n:int=5,      # Rounds
@@ -102,7 +102,7 @@ def bench(
     "Every ratio of the README, measured here and now"
     own, sd, prompt, r = load_sd(networks='own'), load_sd(), 'A picture of a fox', {}
     pipe = diffusers_pipeline('DDIMScheduler')
-    one = lambda net, sampler, prompts=prompt: txt2img(net, prompts, num_inference_steps=steps, seed=0, sampler=sampler, progress=False)
+    one = lambda net, sampler, prompts=prompt: txt2img(net, prompts, num_inference_steps=steps, guidance_scale=7.5, seed=0, sampler=sampler, progress=False)
     theirs = lambda: pipe(prompt, num_inference_steps=steps, latents=seeded_noise((4, 16, 16), [0]))
     t = alternate(dict(ours=lambda: one(own, 'ddim'), loop=lambda: one(sd, 'ddim'), theirs=theirs, lms=lambda: one(own, 'lms'), seed=lambda: deep_dive_loop(sd, prompt, steps), four=lambda: one(own, 'ddim', [prompt]*4)), n)
     r |= {'our loop and networks, against diffusers (DDIM)': t['theirs']/t['ours'], "our loop around diffusers' networks": t['theirs']/t['loop'],

@@ -468,7 +468,7 @@ def evaluate(
         image_grid(seen, cols=16).save(Path(out)/'seen.png'); image_grid(unseen, cols=16).save(Path(out)/'held_out.png')
     return m
 
-# %% ../nbs/62_pocket.ipynb #b57f9dfd
+# %% ../nbs/62_pocket.ipynb #0f29bc88
 def write_card(
     path=None, # A checkpoint folder with pocket.json; pocket when missing
 )->str:        # The card, written to README.md in the folder
@@ -487,7 +487,7 @@ A small Stable Diffusion for teaching: {size:.1f} MB, {f['subjects']} subjects, 
 - **Data**: scenes composed by `sdlearn.scenes` from Noto Color Emoji (SIL Open Font License 1.1), with names from Unicode CLDR (Unicode licence). CLIP's vocabulary of 49,408 (MIT).
 - **Licence**: Apache-2.0 for the weights; see NOTICE for what they were made from.
 - **Training**: `python -m sdlearn.pocket train`; {f.get('training', '')}
-- **Recommended**: {m.get('settings', 'see the lessons')}
+- **Recommended and measured with**: {', '.join(f'{k} {v}' for k, v in m.get('settings', {}).items())}
 
 | measured by `python -m sdlearn.pocket evaluate` | |
 |---|---|
