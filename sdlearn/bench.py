@@ -119,5 +119,4 @@ def main(argv=None):
     for k, v in bench(a.steps, a.n).items(): print(f'| {k} | {v:.3g} |')
 
 # %% ../nbs/71_bench.ipynb #5cd739dd
-#| eval: false
-if __name__=='__main__': main()
+if __name__=='__main__' and '__file__' in globals(): main() # not in a notebook

@@ -99,5 +99,4 @@ def main(
     return 0
 
 # %% ../nbs/70_cli.ipynb #a9c0f43e
-#| eval: false
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook

@@ -515,5 +515,4 @@ def main(argv=None):
     if a.do=='card': print(write_card(a.path))
 
 # %% ../nbs/62_pocket.ipynb #5cd739dd
-#| eval: false
-if __name__=='__main__': main()
+if __name__=='__main__' and '__file__' in globals(): main() # not in a notebook
