@@ -6,8 +6,8 @@
 __all__ = ['cold_ours', 'cold_theirs', 'alternate', 'diffusers_pipeline', 'deep_dive_loop', 'Timed', 'outside_share', 'cold',
            'bench', 'main']
 
-# %% ../nbs/71_bench.ipynb #e2610281
-import argparse, json, os, platform, resource, statistics, subprocess, sys, time
+# %% ../nbs/71_bench.ipynb #442ecc1a
+import argparse, os, platform, statistics, subprocess, sys, time
 import torch
 from .core import seeded_noise
 from .load import load_sd, pocket_path
@@ -78,7 +78,7 @@ def outside_share(
     t = time.perf_counter(); draw(); total = time.perf_counter()-t
     return 1-inside.seconds/total
 
-# %% ../nbs/71_bench.ipynb #e4cef6df
+# %% ../nbs/71_bench.ipynb #377c4793
 cold_ours = "from sdlearn import load_sd, txt2img; txt2img(load_sd(networks='own'), 'A picture of a fox', num_inference_steps={steps}, guidance_scale=7.5, seed=0, sampler='euler', progress=False)"
 cold_theirs = """from diffusers import StableDiffusionPipeline, EulerDiscreteScheduler
 from sdlearn.load import pocket_path
@@ -89,7 +89,7 @@ def cold(
     code:str, # A program
 )->tuple:     # (seconds, peak memory in MB)
     "Run a program in a new process"
-    report = '; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
+    report = "\nimport pathlib, re, resource; s = pathlib.Path('/proc/self/status')\nprint(int(re.search(r'VmHWM:\\s+(\\d+)', s.read_text())[1]) if s.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)" # on Linux ru_maxrss counts the parent too
     t = time.perf_counter()
     out = subprocess.run([sys.executable, '-c', code+report], capture_output=True, text=True, check=True)
     return time.perf_counter()-t, int(out.stdout.split()[-1])/(1024 if sys.platform!='darwin' else 2**20)
@@ -118,5 +118,5 @@ def main(argv=None):
     print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {a.steps} steps, medians of {a.n}')
     for k, v in bench(a.steps, a.n).items(): print(f'| {k} | {v:.3g} |')
 
-# %% ../nbs/71_bench.ipynb #5cd739dd
+# %% ../nbs/71_bench.ipynb #b441a3d2
 if __name__=='__main__' and '__file__' in globals(): main() # not in a notebook
