@@ -163,7 +163,7 @@ def start_step(
 def _encode_start(sd, images, sampler, n, first, seeds): # clean latents, their noise, and the latents to start from
     gens = [torch.Generator().manual_seed(s) for s in seeds]
     latents = encode(sd.vae, images.to(sd.device, sd.dtype), gens).float()
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in gens]).to(latents)
+    noise = noise_from(gens)(latents)
     return latents, noise, start(sampler, noise, n) if first==0 else latents+float(plan(sampler, n).sigmas[first])*noise
 
 def _fit(sd, image, mode='RGB'): # PIL image(s) of any mode -> list of that mode

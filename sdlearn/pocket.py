@@ -11,7 +11,7 @@ __all__ = ['vae_config', 'text_config', 'unet_config', 'scheduler_config', 'mode
            'write_card', 'main']
 
 # %% ../nbs/62_pocket.ipynb #db3ed354
-import argparse, json, sys
+import argparse, json
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
