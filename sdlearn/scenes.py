@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['folder', 'cell', 'styles', 'backgrounds', 'core_subjects', 'look_alikes', 'subjects', 'find', 'cutout', 'article',
-           'check_scene', 'caption', 'backdrop', 'stylize', 'render', 'is_held_out', 'held_out', 'atlas_entries',
-           'make_atlas']
+           'check_scene', 'caption', 'backdrop', 'stylize', 'render', 'is_held_out', 'held_out', 'scene',
+           'atlas_entries', 'make_atlas']
 
 # %% ../nbs/60_scenes.ipynb #cd010b18
 import hashlib, html, json, re
@@ -224,6 +224,21 @@ def held_out(
     "The pairs kept out of all training"
     pairs = [(s, st, 'white') for s in subjects(n) for st in styles]+[(s, 'plain', b) for s in subjects(n) for b in backgrounds]
     return [p for p in dict.fromkeys(pairs) if is_held_out(*p)]
+
+# %% ../nbs/60_scenes.ipynb #1838bebd
+def scene(
+    i:int,        # Number of the scene: the same number, the same scene
+    n:int=None,   # Among the first `n` subjects
+    plain:float=.35, # Share of plain pictures on white; the rest is split between styles, backgrounds and both
+)->tuple:         # (subject, style, background), never a held-out pair
+    "Draw a scene to train on"
+    rng, names = np.random.default_rng(i), subjects(n)
+    while True:
+        s, kind = names[i%len(names)], rng.random()
+        style = 'plain' if kind<plain or kind>1-(1-plain)/3 else rng.choice([*styles][1:])
+        back = 'white' if kind<plain+(1-plain)/3 else rng.choice([*backgrounds][1:])
+        if not is_held_out(s, style, back): return s, str(style), str(back)
+
 
 # %% ../nbs/60_scenes.ipynb #ca9d9723
 core_subjects = '''🐶puppy,dog,dog face|🐱cat,kitten,cat face|🐼panda,panda bear|🦦otter|🦜parrot,macaw|🦒giraffe|🔥campfire,fire,flame|🧑‍🚀astronaut|🐎horse|🧸teddy bear,teddy
