@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import nn
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_tokenizer
 from .text import TextEncoder, flat_keys
 from .vae import VAE
 from .unet import UNet
@@ -133,7 +133,7 @@ def load_sd(
     folder = find_checkpoint(name, variant)
     if networks=='own': got = Tokenizer.from_folder(folder/'tokenizer'), *(load_own(c, folder/p, variant) for c, p in ((TextEncoder, 'text_encoder'), (VAE, 'vae'), (UNet, 'unet')))
     else: got = _load_theirs(folder, variant)
-    if len(got[0])!=49408 or got[0].model_max_length!=77: raise ValueError(f"expected CLIP's tokenizer with 49408 entries and 77 places, got {len(got[0])} and {got[0].model_max_length} from {folder/'tokenizer'}")
+    check_tokenizer(got[0])
     for net in got[1:]: net.eval().requires_grad_(False)
     note = folder/'pocket.json'
     return SD(*got, folder, json.loads(note.read_text()).get('guidance_scale', 7.5) if note.exists() else 7.5).to(device, dtype)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['facts', 'update_facts', 'subjects', 'held_out', 'Clip', 'load_clip', 'scores', 'pixel_features', 'nearest', 'share',
-           'rivals', 'taken_for', 'psnr', 'evaluate_vae', 'draw_all', 'evaluate_seen', 'evaluate_held_out', 'evaluate',
-           'write_card']
+           'rivals', 'taken_for', 'evaluate_vae', 'draw_all', 'evaluate_seen', 'evaluate_held_out', 'evaluate',
+           'model_card', 'write_card']
 
 # %% ../nbs/62_measure.ipynb #9a70bf30
 import json
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from . import scenes
 from .clip import ImageEncoder
+from .compress import psnr
 from .core import image_grid, images_to_tensor
 from .scenes import backgrounds, caption, render, styles
 from .text import TextEncoder, encode_tokens
@@ -137,13 +138,6 @@ def taken_for(
     return options[by_clip], options[torch.cdist(pixel_features([image]), _looks(options)).argmin()]
 
 # %% ../nbs/62_measure.ipynb #03c5fadd
-def psnr(
-    y:torch.Tensor, # (B,3,H,W) in -1..1
-    x:torch.Tensor, # (B,3,H,W), what it should be
-)->float:           # Decibels, the mean over the batch
-    "Peak signal-to-noise ratio"
-    return (10*torch.log10(4/(y-x).pow(2).mean((1, 2, 3)))).mean().item()
-
 @torch.no_grad()
 def evaluate_vae(vae, names, n=128):
     "PSNR of pictures through the autoencoder and back, in decibels"
@@ -194,9 +188,9 @@ def evaluate(
     return m
 
 # %% ../nbs/62_measure.ipynb #2b644e65
-def write_card(
+def model_card(
     path=None, # A checkpoint folder with pocket.json; pocket when missing
-)->str:        # The card, written to README.md in the folder
+)->str:        # Markdown
     "The model card, with the numbers of pocket.json"
     from sdlearn.load import pocket_path
     folder, f = Path(path or pocket_path()), facts(path)
@@ -204,7 +198,7 @@ def write_card(
     seen, new = m.get('seen', {}), m.get('held_out', {})
     rows = [('VAE, picture in and out', f"PSNR {m.get('vae_psnr')} dB"), ('top-1 of "a picture of X", by CLIP', seen.get('clip_top1')), ('the same, by pixel distance', seen.get('pixel_top1')),
             *((f'{m.get("pairs")} held-out pairs: {k.replace("_", " right, by ")}', v) for k, v in new.items()), *((k.replace('_', ' '), v) for k, v in m.items() if k.startswith('rms'))]
-    text = f"""# pocket
+    return f"""# pocket
 
 A small Stable Diffusion for teaching: {size:.1f} MB, {f['subjects']} subjects, 128x128 pixels, drawn on a CPU in seconds. It comes with the package `sdlearn`.
 
@@ -220,5 +214,8 @@ A small Stable Diffusion for teaching: {size:.1f} MB, {f['subjects']} subjects, 
 
 **Known failures.** {f.get('failures', '')}
 """
-    (folder/'README.md').write_text(text)
-    return text
+
+def write_card(path=None):
+    "Put the card beside the weights"
+    from sdlearn.load import pocket_path
+    (Path(path or pocket_path())/'README.md').write_text(model_card(path))

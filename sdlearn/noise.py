@@ -10,7 +10,6 @@ __all__ = ['Block', 'SmallUNet', 'one_hot', 'noisy_batch', 'noise_loss', 'geomet
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .digits import check_pictures
 from .guidance import cfg
 from .schedule import add_noise, check_sigmas, scale_input
 

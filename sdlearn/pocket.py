@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import scenes
 from .clip import ImageEncoder, contrastive_loss
 from .core import image_grid
-from .measure import evaluate, held_out, subjects, update_facts, write_card
+from .measure import evaluate, held_out, model_card, subjects, update_facts, write_card
 from .scenes import caption, render, scene
 from .schedule import alphas_cumprod, random_timesteps
 from .text import TextEncoder, encode_tokens, nested_keys
@@ -375,7 +375,7 @@ def main(argv=None):
     if a.do=='evaluate':
         m = evaluate(a.path, a.steps, a.guidance, a.sampler, a.limit, a.sheets); print(json.dumps(m, indent=1))
         if a.keep: update_facts(a.path, metrics=m); write_card(a.path)
-    if a.do=='card': print(write_card(a.path))
+    if a.do=='card': write_card(a.path); print(model_card(a.path))
 
 # %% ../nbs/63_pocket.ipynb #5cd739dd
 if __name__=='__main__' and '__file__' in globals(): main() # not in a notebook
