@@ -270,12 +270,14 @@ def train_decoder(
     steps:int,
     run='runs/pocket', bs:int=8, lr:float=4e-4,
     noise:float=.05,# Std of noise on the latents, so that small errors of the UNet are forgiven
+    hard=None,      # Indices of pictures that fill half of every batch
     **kw):          # To `fit`
     "Train the decoder alone, from latents to whole pictures"
     half = nn.ModuleDict(dict(post=vae.post_quant_conv, decoder=vae.decoder)).requires_grad_(True)
     def loss(net, g):
-        idx, dev = torch.randint(len(data), (bs,), generator=g).sort().values, next(net.parameters()).device
-        z = latents[idx].float(); z = z+noise*torch.randn(z.shape, generator=g)
+        idx, dev = torch.randint(len(data), (bs,), generator=g), next(net.parameters()).device
+        if hard is not None: idx[:bs//2] = torch.as_tensor(hard)[idx[:bs//2]%len(hard)]
+        idx = idx.sort().values; z = latents[idx].float(); z = z+noise*torch.randn(z.shape, generator=g)
         y, x = net.decoder(net.post(z.to(dev)/scaling_factor)).float(), batch_of(data, idx, device=dev)
         return picture_loss(y, x)
     return vae, fit(half, loss, steps, lr=lr, path=Path(run)/'decoder.pt', **kw)
@@ -331,7 +333,7 @@ def train(
     n:int=320,               # Subjects the UNet learns to draw; the two encoders learn all
     vae_steps:int=1300, clip_steps:int=1000, unet_steps:int=10000, # Steps of each stage
     mixed_precision:str='bf16', # 'no', 'bf16', or 'fp16' on older GPUs
-    decoder_steps:int=3000, image_steps:int=600, # The decoder alone, then the image encoder alone
+    decoder_steps:int=5000, image_steps:int=1700, # The decoder alone, then the image encoder alone
 ):                           # The checkpoint folder
     "Train pocket from zero, or go on where a run stopped"
     import shutil
@@ -351,10 +353,10 @@ def train(
     data, captions = pictures(run/f'first{n}.npy', 75*n, n, plain=.2)
     latents = cache_latents(vae, data, run/f'latents{n}.pt')
     emb, rows = cache_texts(text, tokenizer, captions)
-    if decoder_steps: save_checkpoint(out, vae=(vae := train_decoder(vae, data, latents, decoder_steps, run, mixed_precision=mixed_precision, decay=True)[0].cpu().eval()))
+    if decoder_steps: save_checkpoint(out, vae=(vae := train_decoder(vae, data, latents, decoder_steps, run, hard=[i for i, c in enumerate(captions) if 'pixel art' in c], mixed_precision=mixed_precision, decay=True)[0].cpu().eval()))
     if image_steps:
         soft = through_vae(vae, everything[:10*len(scenes.subjects())], run/'soft.npy')
-        pair, _ = train_image_encoder(pair, np.concatenate([soft, everything[len(soft):]]), words, tokenizer, len(scenes.subjects()), image_steps, run)
+        pair, _ = train_image_encoder(pair, np.concatenate([soft, everything[len(soft):]]), words, tokenizer, len(scenes.subjects()), image_steps, run, decay=True)
         save_checkpoint(out, pair=pair.cpu())
     unet, _ = train_unet(latents, emb, rows, unet_steps, run, mixed_precision=mixed_precision, decay=True, preview_every=500, preview=lambda net, step: sheet(vae, net, emb, run/f'unet-{step:06}.png'))
     save_checkpoint(out, unet=unet.cpu(), subjects=n)
@@ -365,7 +367,7 @@ def main(argv=None):
     "python -m sdlearn.pocket train | evaluate | card"
     p = argparse.ArgumentParser('sdlearn.pocket', description='Train, measure and describe the embedded checkpoint'); sub = p.add_subparsers(dest='do', required=True)
     t = sub.add_parser('train', help='train from zero, or resume'); t.add_argument('--run', default='runs/pocket'); t.add_argument('--out', default='runs/pocket/checkpoint'); t.add_argument('--subjects', type=int, default=320)
-    for k, v in dict(vae=1300, clip=1000, unet=10000, decoder=3000, image=600).items(): t.add_argument(f'--{k}-steps', type=int, default=v)
+    for k, v in dict(vae=1300, clip=1000, unet=10000, decoder=5000, image=1700).items(): t.add_argument(f'--{k}-steps', type=int, default=v)
     t.add_argument('--precision', default='bf16', choices=['no', 'bf16', 'fp16'])
     e = sub.add_parser('evaluate', help='measure, and keep the numbers in pocket.json and the card'); e.add_argument('path', nargs='?'); e.add_argument('--limit', type=int); e.add_argument('--steps', type=int, default=30)
     e.add_argument('--guidance', type=float); e.add_argument('--sampler', default='dpmpp_2m'); e.add_argument('--sheets'); e.add_argument('--keep', action='store_true', help='write the numbers into the checkpoint folder')
