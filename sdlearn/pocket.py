@@ -270,14 +270,12 @@ def train_decoder(
     steps:int,
     run='runs/pocket', bs:int=8, lr:float=4e-4,
     noise:float=.05,# Std of noise on the latents, so that small errors of the UNet are forgiven
-    hard=None,      # Indices of pictures that fill half of every batch
     **kw):          # To `fit`
     "Train the decoder alone, from latents to whole pictures"
     half = nn.ModuleDict(dict(post=vae.post_quant_conv, decoder=vae.decoder)).requires_grad_(True)
     def loss(net, g):
-        idx, dev = torch.randint(len(data), (bs,), generator=g), next(net.parameters()).device
-        if hard is not None: idx[:bs//2] = torch.as_tensor(hard)[idx[:bs//2]%len(hard)]
-        idx = idx.sort().values; z = latents[idx].float(); z = z+noise*torch.randn(z.shape, generator=g)
+        idx, dev = torch.randint(len(data), (bs,), generator=g).sort().values, next(net.parameters()).device
+        z = latents[idx].float(); z = z+noise*torch.randn(z.shape, generator=g)
         y, x = net.decoder(net.post(z.to(dev)/scaling_factor)).float(), batch_of(data, idx, device=dev)
         return picture_loss(y, x)
     return vae, fit(half, loss, steps, lr=lr, path=Path(run)/'decoder.pt', **kw)
@@ -353,7 +351,7 @@ def train(
     data, captions = pictures(run/f'first{n}.npy', 75*n, n, plain=.2)
     latents = cache_latents(vae, data, run/f'latents{n}.pt')
     emb, rows = cache_texts(text, tokenizer, captions)
-    if decoder_steps: save_checkpoint(out, vae=(vae := train_decoder(vae, data, latents, decoder_steps, run, hard=[i for i, c in enumerate(captions) if 'pixel art' in c], mixed_precision=mixed_precision, decay=True)[0].cpu().eval()))
+    if decoder_steps: save_checkpoint(out, vae=(vae := train_decoder(vae, data, latents, decoder_steps, run, mixed_precision=mixed_precision, decay=True)[0].cpu().eval()))
     if image_steps:
         soft = through_vae(vae, everything[:10*len(scenes.subjects())], run/'soft.npy')
         pair, _ = train_image_encoder(pair, np.concatenate([soft, everything[len(soft):]]), words, tokenizer, len(scenes.subjects()), image_steps, run, decay=True)
