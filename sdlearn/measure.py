@@ -18,23 +18,25 @@ from . import scenes
 from .clip import ImageEncoder
 from .compress import psnr
 from .core import image_grid, images_to_tensor
+from .load import load_own, load_sd, pocket_path
+from .pipeline import txt2img
 from .scenes import backgrounds, caption, render, styles
 from .text import TextEncoder, encode_tokens
 from .tokenizer import Tokenizer, tokenize
 from .vae import decode, encode
 
 # %% ../nbs/62_measure.ipynb #0581a2f3
+def _folder(path): return Path(path or pocket_path())
+
 def facts(
     path=None, # A checkpoint folder; pocket when missing
 )->dict:       # `subjects`: how many it was trained on; `steps`, `metrics`
     "What is known about a version of pocket, from the file pocket.json beside the weights"
-    from sdlearn.load import pocket_path
-    return json.loads((Path(path or pocket_path())/'pocket.json').read_text())
+    return json.loads((_folder(path)/'pocket.json').read_text())
 
 def update_facts(path=None, **new):
     "Change what pocket.json says"
-    from sdlearn.load import pocket_path
-    folder = Path(path or pocket_path())
+    folder = _folder(path)
     known = json.loads((folder/'pocket.json').read_text()) if (folder/'pocket.json').exists() else {}
     (folder/'pocket.json').write_text(json.dumps(known|new, indent=1)+'\n')
 
@@ -72,8 +74,7 @@ def load_clip(
 )->Clip:       # In evaluation mode, gradients off
     "Pocket's own CLIP"
     from safetensors.torch import load_file
-    from sdlearn.load import load_own, pocket_path
-    folder = Path(path or pocket_path())
+    folder = _folder(path)
     w = {k: v.float() for k, v in load_file(folder/'clip'/'model.safetensors').items()}
     image = ImageEncoder(**json.loads((folder/'clip'/'config.json').read_text()))
     image.load_state_dict({k.removeprefix('image.'): v for k, v in w.items() if k.startswith('image.')})
@@ -147,7 +148,6 @@ def evaluate_vae(vae, names, n=128):
 # %% ../nbs/62_measure.ipynb #a237199b
 def draw_all(sd, prompts, seed=0, bs=8, **kw):
     "Pictures for many prompts, in batches"
-    from sdlearn.pipeline import txt2img
     from tqdm.auto import tqdm
     return [im for i in tqdm(range(0, len(prompts), bs), desc='drawing', disable=len(prompts)<99) for im in txt2img(sd, prompts[i:i+bs], seed=seed+i, progress=False, **kw)]
 
@@ -172,7 +172,6 @@ def evaluate(
     out=None,                   # Folder for contact sheets
 )->dict:                        # The numbers of the model card
     "Measure a checkpoint: run this before its weights are replaced"
-    from sdlearn.load import load_sd
     sd, names, pairs = load_sd(path, networks='own'), subjects(path), held_out(path)
     kw = dict(num_inference_steps=num_inference_steps, guidance_scale=sd.guidance_scale if guidance_scale is None else guidance_scale, sampler=sampler)
     pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:limit]
@@ -192,8 +191,7 @@ def model_card(
     path=None, # A checkpoint folder with pocket.json; pocket when missing
 )->str:        # Markdown
     "The model card, with the numbers of pocket.json"
-    from sdlearn.load import pocket_path
-    folder, f = Path(path or pocket_path()), facts(path)
+    folder, f = _folder(path), facts(path)
     m, size = f.get('metrics', {}), sum(p.stat().st_size for p in folder.rglob('*.safetensors'))/1e6
     seen, new = m.get('seen', {}), m.get('held_out', {})
     rows = [('VAE, picture in and out', f"PSNR {m.get('vae_psnr')} dB"), ('top-1 of "a picture of X", by CLIP', seen.get('clip_top1')), ('the same, by pixel distance', seen.get('pixel_top1')),
@@ -217,5 +215,4 @@ A small Stable Diffusion for teaching: {size:.1f} MB, {f['subjects']} subjects, 
 
 def write_card(path=None):
     "Put the card beside the weights"
-    from sdlearn.load import pocket_path
-    (Path(path or pocket_path())/'README.md').write_text(model_card(path))
+    (_folder(path)/'README.md').write_text(model_card(path))

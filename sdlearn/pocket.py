@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from . import scenes
 from .clip import ImageEncoder, contrastive_loss
-from .core import image_grid
+from .core import image_grid, tensor_to_images
 from .measure import evaluate, held_out, model_card, subjects, update_facts, write_card
-from .scenes import caption, render, scene
+from .scenes import render, scene
 from .schedule import alphas_cumprod, random_timesteps
 from .text import TextEncoder, encode_tokens, nested_keys
 from .tokenizer import Tokenizer
@@ -295,8 +295,7 @@ def through_vae(
         out = np.lib.format.open_memmap(tmp := path.with_suffix('.part'), 'w+', np.uint8, data.shape)
         for i in tqdm(range(0, len(data), bs), desc='decoding', disable=len(data)<999):
             z = encode(vae, batch_of(data, range(i, min(i+bs, len(data)))))
-            y = decode(vae, z+noise*torch.randn(z.shape, generator=g)).clamp(-1, 1)
-            out[i:i+bs] = ((y+1)*127.5).round().byte().permute(0, 2, 3, 1)
+            out[i:i+bs] = np.stack(tensor_to_images(decode(vae, z+noise*torch.randn(z.shape, generator=g))))
         out.flush(); tmp.replace(path)
     return np.load(path, mmap_mode='r')
 
@@ -319,7 +318,7 @@ def sheet(vae, unet, emb, path, n=8):
     "Sample pictures while training: one row of captions, ten Euler steps"
     from sdlearn.sample import sample, start
     from sdlearn.schedule import scale_input
-    from sdlearn.core import seeded_noise, tensor_to_images
+    from sdlearn.core import seeded_noise
     few = emb[1:n+1].float().to(next(unet.parameters()).device)
     eps_fn = lambda x, sigma, t: unet(scale_input(x, sigma), torch.tensor(t), few).sample
     for step in sample('euler', eps_fn, start('euler', seeded_noise((4, 16, 16), range(n), few.device), 10), 10): pass
