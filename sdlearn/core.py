@@ -83,12 +83,13 @@ def show_figure(
     fig,          # A matplotlib figure; closed afterwards
     dpi:int=80,   # Pixels per inch
 ):
-    "Show a figure as a PNG of 256 colours, several times smaller, which keeps notebooks light"
+    "Show a figure as a PNG of 256 colours or a JPEG, whichever is smaller, which keeps notebooks light"
     import io, matplotlib.pyplot as plt
     from IPython.display import Image as Shown, display
     fig.savefig(raw := io.BytesIO(), dpi=dpi, bbox_inches='tight', pad_inches=.03); plt.close(fig)
-    Image.open(raw).convert('RGB').quantize(256).save(out := io.BytesIO(), 'PNG', optimize=True)
-    display(Shown(out.getvalue()))
+    shot, (png, jpeg) = Image.open(raw).convert('RGB'), (io.BytesIO(), io.BytesIO())
+    shot.quantize(256).save(png, 'PNG', optimize=True); shot.save(jpeg, 'JPEG', quality=90, subsampling=0)
+    display(Shown(min(png.getvalue(), jpeg.getvalue(), key=len)))
 
 def show_images(
     images:list,       # PIL images, or arrays that matplotlib can show
@@ -100,16 +101,18 @@ def show_images(
 ):
     "Pictures with titles, in a matplotlib figure"
     import matplotlib.pyplot as plt
+    from textwrap import fill
     images, cols = list(images), cols or min(len(images), 8)
-    n = -(-len(images)//cols)
-    fig, axes = plt.subplots(n, cols, figsize=(cols*size, n*(size+(.22 if titles else 0))), squeeze=False)
+    n, titles = -(-len(images)//cols), [fill(t, max(5, int(size*14))) for t in titles or []] # as wide as their pictures
+    lines = max((t.count('\n')+1 for t in titles), default=0)
+    fig, axes = plt.subplots(n, cols, figsize=(cols*size, n*(size+.15*lines)), squeeze=False)
     for i, ax in enumerate(axes.flat):
         ax.set_xticks([]); ax.set_yticks([])
         for spine in ax.spines.values(): spine.set_visible(False)
         if i>=len(images): continue
         ax.imshow(images[i], cmap=cmap)
-        if titles: ax.set_title(titles[i], fontsize=7)
-        if rows and i%cols==0: ax.set_ylabel(rows[i//cols], fontsize=7)
+        if titles: ax.set_title(titles[i], fontsize=8)
+        if rows and i%cols==0: ax.set_ylabel(rows[i//cols], fontsize=8)
     fig.tight_layout(pad=.3); show_figure(fig)
 
 # %% ../nbs/00_core.ipynb #e70694a1
