@@ -47,9 +47,11 @@ def deep_dive_loop(
 ):                  # (1,3,128,128) in -1..1
     "The loop of the Deep Dive, with its double step mended"
     from diffusers import LMSDiscreteScheduler
-    scheduler = LMSDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', num_train_timesteps=1000)
+    scheduler = LMSDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear',
+                                     num_train_timesteps=1000)
     scheduler.set_timesteps(steps)
-    ids = sd.tokenizer(['', prompt], padding='max_length', max_length=77, truncation=True, return_tensors='pt').input_ids
+    ids = sd.tokenizer(['', prompt], padding='max_length', max_length=77, truncation=True,
+                       return_tensors='pt').input_ids
     emb = sd.text_encoder(ids)[0]
     latents = seeded_noise((4, 16, 16), [seed])*scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -72,14 +74,16 @@ def outside_share(
 )->float: # Share of the time of one picture
     "How much of a picture is spent outside text encoder, UNet and decoder"
     sd = load_sd(networks='own')
-    draw = lambda: txt2img(sd, 'A picture of a fox', num_inference_steps=steps, guidance_scale=7.5, seed=0, progress=False)
+    draw = lambda: txt2img(sd, 'A picture of a fox', num_inference_steps=steps, guidance_scale=7.5, seed=0,
+                           progress=False)
     draw()
     inside = Timed(sd.text_encoder, sd.unet, sd.vae.decoder)
     t = time.perf_counter(); draw(); total = time.perf_counter()-t
     return 1-inside.seconds/total
 
 # %% ../nbs/71_bench.ipynb #377c4793
-cold_ours = "from sdlearn import load_sd, txt2img; txt2img(load_sd(networks='own'), 'A picture of a fox', num_inference_steps={steps}, guidance_scale=7.5, seed=0, sampler='euler', progress=False)"
+cold_ours = ("from sdlearn import load_sd, txt2img; txt2img(load_sd(networks='own'), 'A picture of a fox', "
+             "num_inference_steps={steps}, guidance_scale=7.5, seed=0, sampler='euler', progress=False)")
 cold_theirs = """from diffusers import StableDiffusionPipeline, EulerDiscreteScheduler
 from sdlearn.load import pocket_path
 p = StableDiffusionPipeline.from_pretrained(pocket_path(), use_safetensors=True); p.set_progress_bar_config(disable=True)
@@ -89,7 +93,10 @@ def cold(
     code:str, # A program
 )->tuple:     # (seconds, peak memory in MB)
     "Run a program in a new process"
-    report = "\nimport pathlib, re, resource; s = pathlib.Path('/proc/self/status')\nprint(int(re.search(r'VmHWM:\\s+(\\d+)', s.read_text())[1]) if s.exists() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)" # on Linux ru_maxrss counts the parent too
+    # on Linux ru_maxrss counts the parent too
+    report = ("\nimport pathlib, re, resource; s = pathlib.Path('/proc/self/status')\n"
+              "print(int(re.search(r'VmHWM:\\s+(\\d+)', s.read_text())[1]) if s.exists() "
+              "else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     t = time.perf_counter()
     out = subprocess.run([sys.executable, '-c', code+report], capture_output=True, text=True, check=True)
     return time.perf_counter()-t, int(out.stdout.split()[-1])/(1024 if sys.platform!='darwin' else 2**20)
@@ -102,20 +109,30 @@ def bench(
     "Every ratio of the README, measured here and now"
     own, sd, prompt, r = load_sd(networks='own'), load_sd(), 'A picture of a fox', {}
     pipe = diffusers_pipeline('DDIMScheduler')
-    one = lambda net, sampler, prompts=prompt: txt2img(net, prompts, num_inference_steps=steps, guidance_scale=7.5, seed=0, sampler=sampler, progress=False)
+    one = lambda net, sampler, prompts=prompt: txt2img(net, prompts, num_inference_steps=steps, guidance_scale=7.5,
+                                                       seed=0, sampler=sampler, progress=False)
     theirs = lambda: pipe(prompt, num_inference_steps=steps, latents=seeded_noise((4, 16, 16), [0]))
-    t = alternate(dict(ours=lambda: one(own, 'ddim'), loop=lambda: one(sd, 'ddim'), theirs=theirs, lms=lambda: one(own, 'lms'), seed=lambda: deep_dive_loop(sd, prompt, steps), four=lambda: one(own, 'ddim', [prompt]*4)), n)
-    r |= {'our loop and networks, against diffusers (DDIM)': t['theirs']/t['ours'], "our loop around diffusers' networks": t['theirs']/t['loop'],
-          "against the Deep Dive's loop (LMS)": t['seed']/t['lms'], 'four prompts at once, per picture, against diffusers one by one': 4*t['theirs']/t['four'], 'share of time outside the networks': outside_share(steps)}
-    sides = {k: [cold(c.format(steps=min(steps, 20))) for _ in range(max(1, n//2))] for k, c in (('ours', cold_ours), ('theirs', cold_theirs))}
+    t = alternate(dict(ours=lambda: one(own, 'ddim'), loop=lambda: one(sd, 'ddim'), theirs=theirs,
+                       lms=lambda: one(own, 'lms'), seed=lambda: deep_dive_loop(sd, prompt, steps),
+                       four=lambda: one(own, 'ddim', [prompt]*4)), n)
+    r |= {'our loop and networks, against diffusers (DDIM)': t['theirs']/t['ours'],
+          "our loop around diffusers' networks": t['theirs']/t['loop'],
+          "against the Deep Dive's loop (LMS)": t['seed']/t['lms'],
+          'four prompts at once, per picture, against diffusers one by one': 4*t['theirs']/t['four'],
+          'share of time outside the networks': outside_share(steps)}
+    sides = {k: [cold(c.format(steps=min(steps, 20))) for _ in range(max(1, n//2))]
+             for k, c in (('ours', cold_ours), ('theirs', cold_theirs))}
     med = {k: [statistics.median(c) for c in zip(*v)] for k, v in sides.items()}
-    return r | {'new process to first picture, against diffusers': med['theirs'][0]/med['ours'][0], 'peak memory, ours in MB': med['ours'][1], 'peak memory, diffusers in MB': med['theirs'][1]}
+    return r | {'new process to first picture, against diffusers': med['theirs'][0]/med['ours'][0],
+                'peak memory, ours in MB': med['ours'][1], 'peak memory, diffusers in MB': med['theirs'][1]}
 
 def main(argv=None):
     "python -m sdlearn.bench [--steps 50] [-n 5]"
-    p = argparse.ArgumentParser('sdlearn.bench'); p.add_argument('--steps', type=int, default=50); p.add_argument('-n', type=int, default=5)
+    p = argparse.ArgumentParser('sdlearn.bench')
+    p.add_argument('--steps', type=int, default=50); p.add_argument('-n', type=int, default=5)
     a = p.parse_args(argv)
-    print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {a.steps} steps, medians of {a.n}')
+    print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, '
+          f'torch {torch.__version__}, {a.steps} steps, medians of {a.n}')
     for k, v in bench(a.steps, a.n).items(): print(f'| {k} | {v:.3g} |')
 
 # %% ../nbs/71_bench.ipynb #b441a3d2

@@ -12,7 +12,8 @@ from pathlib import Path
 # %% ../nbs/70_cli.ipynb #bbfd96e4
 def parser()->argparse.ArgumentParser:
     "The options of the command"
-    p = argparse.ArgumentParser('sdlearn', description='Draw a picture from words with Stable Diffusion: pocket, the small one in this package, or any SD 1.x.')
+    p = argparse.ArgumentParser('sdlearn', description='Draw a picture from words with Stable Diffusion: '
+                                                       'pocket, the small one in this package, or any SD 1.x.')
     add = p.add_argument
     add('prompt', help='what to draw, e.g. "A watercolor painting of an otter"')
     add('-o', '--output', default='out.png', help='file to write (.png, .jpg, .webp); out.png')
@@ -35,8 +36,10 @@ def settings(
     seed:int,  # The seed of this picture
 )->dict:       # name -> text
     "All that is needed to draw a picture again"
-    names = dict(prompt=args.prompt, negative_prompt=args.negative, num_inference_steps=args.steps, guidance_scale=args.guidance, seed=seed, sampler=args.sampler, model=args.model or 'pocket')
-    return {k: str(v) for k, v in names.items()}
+    names = dict(prompt=args.prompt, negative_prompt=args.negative, num_inference_steps=args.steps,
+                 guidance_scale=args.guidance, seed=seed, sampler=args.sampler, model=args.model or 'pocket',
+                 height=args.height, width=args.width, n=args.n if args.grid else None)
+    return {k: str(v) for k, v in names.items() if v is not None}
 
 def save_picture(
     im,         # PIL image
@@ -54,11 +57,15 @@ def writable(
 )->Path:       # The same
     "Find out before the work whether a picture can be written there"
     from PIL import Image
-    path, known = Path(path), Image.registered_extensions()
-    if path.suffix.lower() not in known: raise ValueError(f"expected an output file that ends in .png, .jpg, .webp or .gif, got {str(path)!r}")
-    if path.is_dir() or not path.parent.is_dir(): raise ValueError(f"expected a file in a folder that exists, got {str(path)!r}. Make the folder first.")
+    path, kind = Path(path), Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE: # some formats can only be read
+        raise ValueError(f"expected an output file that ends in .png, .jpg, .webp or .gif, got {str(path)!r}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"expected a file in a folder that exists, got {str(path)!r}. Make the folder first.")
     try: existed = path.exists(); path.open('ab').close(); existed or path.unlink()
-    except OSError as e: raise ValueError(f"expected to be able to write {str(path)!r}, but: {e.strerror}. Choose another place with -o.") from None
+    except OSError as e:
+        raise ValueError(f"expected to be able to write {str(path)!r}, but: {e.strerror}. "
+                         "Choose another place with -o.") from None
     return path
 
 # %% ../nbs/70_cli.ipynb #c2916486
@@ -78,8 +85,8 @@ def draw(
     print(f'seed {seed}', flush=True)
     sd = load_sd(args.model, device, torch.float16 if args.model and device!='cpu' else torch.float32, networks='own')
     frames, args.guidance = [], sd.guidance_scale if args.guidance is None else args.guidance
-    images = txt2img(sd, [args.prompt]*args.n, args.negative, args.steps, args.guidance, seed, args.sampler, args.height, args.width,
-                     on_step=(lambda s: frames.append(step_panel(sd, s))) if gif else None)
+    images = txt2img(sd, [args.prompt]*args.n, args.negative, args.steps, args.guidance, seed, args.sampler,
+                     args.height, args.width, on_step=(lambda s: frames.append(step_panel(sd, s))) if gif else None)
     if args.grid: images, files = [image_grid(images)], [out]
     else: files = [out] if args.n==1 else [out.with_stem(f'{out.stem}-{i}') for i in range(args.n)]
     for i, (im, file) in enumerate(zip(images, files)): save_picture(im, file, settings(args, seed+i))
@@ -94,7 +101,8 @@ def main(
     warnings.showwarning = lambda message, *a, **k: print(f'note: {message}', file=sys.stderr)
     try:
         for file in draw(args): print(file)
-    except (ValueError, OSError, ImportError, FloatingPointError) as e: print(f'sdlearn: {e}', file=sys.stderr); return 1
+    except (ValueError, OSError, ImportError, FloatingPointError) as e:
+        print(f'sdlearn: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('sdlearn: stopped', file=sys.stderr); return 130
     return 0
 

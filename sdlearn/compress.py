@@ -17,7 +17,8 @@ def compression(
     channels:int=3,   # Of the picture
 )->float:             # How many times fewer numbers
     "Numbers in the picture over numbers in its latents"
-    if side%factor: raise ValueError(f"expected a side that {factor} divides, got {side}. Crop or resize the picture first.")
+    if side%factor:
+        raise ValueError(f"expected a side that {factor} divides, got {side}. Crop or resize the picture first.")
     return side**2*channels/((side//factor)**2*latent)
 
 # %% ../nbs/12_compress.ipynb #c6b33a8e
@@ -30,15 +31,20 @@ class AutoEncoder(nn.Module):
     ):
         super().__init__()
         self.channels, self.factor, wide = channels, 2**len(widths), (channels, *widths)
-        down = [m for i, o in zip(wide, widths) for m in (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.SiLU(), nn.Conv2d(o, o, 3, padding=1), nn.SiLU())]
-        up = [m for o, i in reversed([*zip(wide, widths)]) for m in (nn.SiLU(), nn.Conv2d(i, i, 3, padding=1), nn.SiLU(), nn.ConvTranspose2d(i, o, 4, stride=2, padding=1))]
+        down = [m for i, o in zip(wide, widths)
+                for m in (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.SiLU(),
+                          nn.Conv2d(o, o, 3, padding=1), nn.SiLU())]
+        up = [m for o, i in reversed([*zip(wide, widths)])
+              for m in (nn.SiLU(), nn.Conv2d(i, i, 3, padding=1),
+                        nn.SiLU(), nn.ConvTranspose2d(i, o, 4, stride=2, padding=1))]
         self.encoder = nn.Sequential(*down, nn.Conv2d(widths[-1], 2*latent, 1))
         self.decoder = nn.Sequential(nn.Conv2d(latent, widths[-1], 1), *up)
     def encode(self,
         x:torch.Tensor, # (B,channels,H,W) in -1..1
     )->tuple:           # mean and log variance, each (B,latent,H/factor,W/factor)
         if x.ndim!=4 or x.shape[1]!=self.channels or x.shape[2]%self.factor or x.shape[3]%self.factor:
-            raise ValueError(f"expected pictures (B,{self.channels},H,W) with sides that {self.factor} divides, got {tuple(x.shape)}")
+            raise ValueError(f"expected pictures (B,{self.channels},H,W) with sides that {self.factor} divides, "
+                             f"got {tuple(x.shape)}")
         return self.encoder(x).chunk(2, 1)
     def decode(self,
         z:torch.Tensor, # (B,latent,h,w)

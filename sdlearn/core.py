@@ -44,7 +44,8 @@ def seeded_noise(
     dtype=torch.float32,     # dtype of the result
 )->torch.Tensor:             # (len(seeds), *shape), standard normal
     "Reproducible noise, one CPU generator per picture"
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device, dtype)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s))
+                        for s in seeds]).to(device, dtype)
 
 # %% ../nbs/00_core.ipynb #97bb33d9
 def images_to_tensor(
@@ -52,14 +53,16 @@ def images_to_tensor(
 )->torch.Tensor:    # (B,3,H,W) float32 in -1..1
     "PIL pictures -> what the networks see"
     images = [images] if isinstance(images, Image.Image) else list(images)
-    return torch.stack([torch.from_numpy(np.array(im.convert('RGB'), dtype=np.float32)).permute(2, 0, 1)/127.5-1 for im in images])
+    return torch.stack([torch.from_numpy(np.array(im.convert('RGB'), dtype=np.float32)).permute(2, 0, 1)/127.5-1
+                        for im in images])
 
 def tensor_to_images(
     x:torch.Tensor, # (B,3,H,W) in -1..1; values beyond are clipped
 )->list:            # PIL images
     "What the networks see -> PIL pictures; a picture that is not finite raises instead of turning black"
-    if not torch.isfinite(x).all(): raise ValueError(f"expected finite pixels, got {int((~torch.isfinite(x)).sum())} of {x.numel()} not finite. "
-                                                     "In float16 this is the VAE overflowing: decode in float32.")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"expected finite pixels, got {int((~torch.isfinite(x)).sum())} of {x.numel()} not finite. "
+                         "In float16 this is the VAE overflowing: decode in float32.")
     x = ((x.detach().float().cpu().clamp(-1, 1)+1)*127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(a) for a in x]
 
@@ -108,8 +111,8 @@ def show_images(
     fig, axes = plt.subplots(n, cols, figsize=(cols*size, n*(size+.15*lines)), squeeze=False)
     for i, ax in enumerate(axes.flat):
         ax.set_xticks([]); ax.set_yticks([])
-        for spine in ax.spines.values(): spine.set_visible(False)
-        if i>=len(images): continue
+        if i>=len(images): ax.axis('off'); continue
+        for spine in ax.spines.values(): spine.set(color='.9', linewidth=.5) # where a white picture ends
         ax.imshow(images[i], cmap=cmap)
         if titles: ax.set_title(titles[i], fontsize=8)
         if rows and i%cols==0: ax.set_ylabel(rows[i//cols], fontsize=8)
@@ -127,9 +130,12 @@ def save_animation(
     if not frames: raise ValueError("expected at least one frame, got an empty list")
     if path.suffix=='.mp4':
         try: import imageio_ffmpeg
-        except ImportError as e: raise ImportError("expected the package imageio-ffmpeg for .mp4, which is not installed: pip install imageio-ffmpeg, or write a .gif") from e
+        except ImportError as e:
+            raise ImportError("expected the package imageio-ffmpeg for .mp4, which is not installed: "
+                              "pip install imageio-ffmpeg, or write a .gif") from e
         out = imageio_ffmpeg.write_frames(str(path), frames[0].size, fps=fps, macro_block_size=2); out.send(None)
         for f in frames+[frames[-1]]*round(hold*fps): out.send(f.tobytes())
         out.close()
-    else: frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=[round(1000/fps)]*(len(frames)-1)+[round(1000/fps+1000*hold)])
+    else: frames[0].save(path, save_all=True, append_images=frames[1:], loop=0,
+                         duration=[round(1000/fps)]*(len(frames)-1)+[round(1000/fps+1000*hold)])
     return path

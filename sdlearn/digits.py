@@ -21,7 +21,9 @@ def check_pictures(
 )->torch.Tensor:    # The same
     "Raise unless these are pictures as our networks expect them"
     if len(x)==0: raise ValueError("expected at least one picture, got an empty data set")
-    if x.ndim!=4 or x.shape[1]!=1: raise ValueError(f"expected pictures of shape (B,1,H,W), got {tuple(x.shape)}. Add the channel with x[:,None].")
+    if x.ndim!=4 or x.shape[1]!=1:
+        raise ValueError(f"expected pictures of shape (B,1,H,W), got {tuple(x.shape)}. "
+                         "Add the channel with x[:,None].")
     if not (-1<=x.min() and x.max()<=1): # also true of NaN
         raise ValueError(f"expected pixels in -1..1, got {x.min():.3g}..{x.max():.3g}. For bytes: x/127.5-1.")
     return x
@@ -34,21 +36,28 @@ def _read_idx(file): # MNIST's own format: a magic number with the count of dime
 
 def _from_disk(path):
     if not path.exists(): raise ValueError(f"expected a folder with MNIST or an .npz file, found nothing at {path}")
-    if path.suffix=='.npz': return [torch.from_numpy(np.load(path)[k]) for k in ('x_train', 'y_train')]
+    if path.suffix=='.npz':
+        data, need = np.load(path), ('x_train', 'y_train')
+        if not {*need}<={*data}: raise ValueError(f"expected x_train and y_train in {path}, got {sorted(data)}")
+        return [torch.from_numpy(data[k]) for k in need]
+    if path.is_file(): raise ValueError(f"expected a folder with MNIST or an .npz file, got the file {path}")
     found = [sorted(path.glob(f'train-{kind}*ubyte*')) for kind in ('images', 'labels')]
-    if not all(found): raise ValueError(f"expected train-images-idx3-ubyte and train-labels-idx1-ubyte (.gz or not) in {path}, got {sorted(f.name for f in path.iterdir())}")
+    if not all(found):
+        raise ValueError(f"expected train-images-idx3-ubyte and train-labels-idx1-ubyte (.gz or not) in {path}, "
+                         f"got {sorted(f.name for f in path.iterdir())}")
     return [_read_idx(f[0]) for f in found]
 
 def _from_sklearn():
     try: from sklearn.datasets import load_digits
-    except ImportError as e: raise ImportError("expected the package scikit-learn for its digits, which is not installed: "
-                                               "pip install scikit-learn, or pass a folder with MNIST") from e
+    except ImportError as e:
+        raise ImportError("expected the package scikit-learn for its digits, which is not installed: "
+                          "pip install scikit-learn, or pass a folder with MNIST") from e
     d = load_digits()
     return torch.from_numpy(d.images).float()/8-1, torch.from_numpy(d.target)
 
 # %% ../nbs/10_digits.ipynb #ecc9ce03
 def digits(
-    source=None,      # None: scikit-learn's 8x8 digits. Else a folder or .npz with MNIST, or pictures: uint8, or floats in -1..1
+    source=None,      # None: scikit-learn's 8x8 digits. Else MNIST (folder or .npz), or pictures (uint8, or -1..1)
     labels=None,      # One integer per picture, when `source` is pictures
     held_out:int=600, # How many to keep out of training
     seed:int=0,       # Of the shuffle before the split
@@ -81,8 +90,11 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.classes = classes
-        self.body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 2*width, 3, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(2*width, 2*width, 3, stride=2, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8*width, 64), nn.SiLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, 2*width, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(2*width, 2*width, 3, stride=2, padding=1), nn.SiLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8*width, 64), nn.SiLU())
         self.head = nn.Linear(64, classes)
     def features(self,
         x:torch.Tensor, # (B,1,H,W)

@@ -28,11 +28,13 @@ def check_scale(
 def cfg(
     noise_pred_uncond:Tensor, # Noise predicted without the prompt, or for the negative prompt; any shape
     noise_pred_text:Tensor,   # Noise predicted for the prompt, same shape
-    guidance_scale,           # 0: the unconditional answer, 1: the prompt's, more: beyond it. A number, or a tensor that broadcasts
+    # 0: the unconditional answer, 1: the prompt's, more: beyond it. A number, or a tensor that broadcasts
+    guidance_scale,
 )->Tensor:                    # Guided noise prediction, same shape
     "Classifier-free guidance (Ho & Salimans 2022, eq. 6, with their w = guidance_scale-1)"
     if noise_pred_uncond.shape!=noise_pred_text.shape:
-        raise ValueError(f"expected two noise predictions of one shape, got {tuple(noise_pred_uncond.shape)} and {tuple(noise_pred_text.shape)}. Predict both for the same x.")
+        raise ValueError(f"expected two noise predictions of one shape, got {tuple(noise_pred_uncond.shape)} "
+                         f"and {tuple(noise_pred_text.shape)}. Predict both for the same x.")
     return noise_pred_uncond+check_scale(guidance_scale)*(noise_pred_text-noise_pred_uncond)
 
 # %% ../nbs/25_guidance.ipynb #7f26a2ab
@@ -62,7 +64,9 @@ def target_loss(
     target:Tensor,     # (B,3,H,W) or (1,3,H,W) in 0..1: the picture to come close to
 )->Tensor:             # Scalar, mean over the pictures
     "Mean squared distance to a picture"
-    if target.shape[1:]!=images.shape[1:]: raise ValueError(f"expected a target of shape {tuple(images.shape[1:])} for each picture, got {tuple(target.shape[1:])}. Resize it before.")
+    if target.shape[1:]!=images.shape[1:]:
+        raise ValueError(f"expected a target of shape {tuple(images.shape[1:])} for each picture, "
+                         f"got {tuple(target.shape[1:])}. Resize it before.")
     return F.mse_loss(images, target.to(images).expand_as(images))
 
 def clip_loss(
@@ -72,11 +76,14 @@ def clip_loss(
 )->Tensor:                  # Scalar in 0..2, mean over the pictures
     "1 - cosine similarity of pictures and a text (CLIP guidance: Crowson 2021)"
     found = image_encoder(images*2-1)
-    if found.shape[-1]!=text_vector.shape[-1]: raise ValueError(f"expected a text vector of length {found.shape[-1]}, got {text_vector.shape[-1]}. Take both encoders from the same CLIP.")
+    if found.shape[-1]!=text_vector.shape[-1]:
+        raise ValueError(f"expected a text vector of length {found.shape[-1]}, got {text_vector.shape[-1]}. "
+                         "Take both encoders from the same CLIP.")
     return (1-F.cosine_similarity(found, text_vector.to(found), dim=-1)).mean()
 
 # %% ../nbs/25_guidance.ipynb #1befc60a
-GRAD_ROOM = 2.**10  # a loss is a mean over many pixels: without this factor half precision would round its gradient to zero
+# a loss is a mean over many pixels: without this factor half precision would round its gradient to zero
+GRAD_ROOM = 2.**10
 
 def check_loss(
     loss,        # What a loss function gave
@@ -84,9 +91,15 @@ def check_loss(
 )->Tensor:       # The same, when one can take its gradient
     "A loss must be one finite number that still knows how it was computed"
     if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise ValueError(f"expected a loss with a gradient, got {type(loss).__name__} without one. Stay in torch all the way from the pictures: no PIL, numpy, .item(), .detach() or torch.no_grad().")
-    if loss.ndim: raise ValueError(f"expected one number from the loss, got a tensor of shape {tuple(loss.shape)}. End it with .mean().")
-    if not torch.isfinite(loss): raise ValueError(f"expected a finite loss, got {loss.item()} at sigma={sigma:.4f}. Look at the latents there, or lower the scale.")
+        raise ValueError(f"expected a loss with a gradient, got {type(loss).__name__} without one. "
+                         "Stay in torch all the way from the pictures: "
+                         "no PIL, numpy, .item(), .detach() or torch.no_grad().")
+    if loss.ndim:
+        raise ValueError(f"expected one number from the loss, got a tensor of shape {tuple(loss.shape)}. "
+                         "End it with .mean().")
+    if not torch.isfinite(loss):
+        raise ValueError(f"expected a finite loss, got {loss.item()} at sigma={sigma:.4f}. "
+                         "Look at the latents there, or lower the scale.")
     return loss
 
 def loss_gradient(
@@ -99,28 +112,38 @@ def loss_gradient(
     t=None,               # Timestep, for `eps_fn`
 )->tuple:                 # Loss (scalar), its gradient for each picture (shape of x), predicted noise (shape of x)
     "Loss of the predicted picture x0 = x - sigma*eps, and its gradient with respect to x"
-    if eps_fn is None and (eps is None or eps.shape!=x.shape): raise ValueError(f"expected eps of the shape of x, {tuple(x.shape)}, got {None if eps is None else tuple(eps.shape)}. Give the noise predicted for x, or an eps_fn.")
+    if eps_fn is None and (eps is None or eps.shape!=x.shape):
+        raise ValueError(f"expected eps of the shape of x, {tuple(x.shape)}, "
+                         f"got {None if eps is None else tuple(eps.shape)}. "
+                         "Give the noise predicted for x, or an eps_fn.")
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         eps = eps.detach() if eps_fn is None else eps_fn(x, sigma, t)
         loss = check_loss(loss_fn(decode_fn(x-sigma*eps).float()/2+.5), sigma)
-        grad, = torch.autograd.grad(loss*(GRAD_ROOM*len(x)), x)     # len(x): the mean over pictures must not weaken the push on each
+        # len(x): the mean over pictures must not weaken the push on each
+        grad, = torch.autograd.grad(loss*(GRAD_ROOM*len(x)), x)
     return loss.detach(), grad/GRAD_ROOM, eps.detach()
 
 # %% ../nbs/25_guidance.ipynb #0eedc70c
 class LossGuide:
-    "Push the latents downhill on a loss after a step; give it to the pipeline as `on_step`, or call it in your own loop"
+    """Push the latents downhill on a loss after a step;
+    give it to the pipeline as `on_step`, or call it in your own loop"""
     def __init__(self,
         loss_fn:Callable,     # Pictures (B,3,H,W) in 0..1 -> scalar, a mean over the pictures
         decode_fn:Callable,   # Latents -> pictures (B,3,H,W) in -1..1; e.g. partial(decode, vae)
-        scale:float,          # Size of the push, 0 is off; with a mean over pixels, 4 times the pixels need 4 times the scale
+        # Size of the push, 0 is off; with a mean over pixels, 4 times the pixels need 4 times the scale
+        scale:float,
         eps_fn:Callable=None, # Given: the gradient goes through it, at the price of asking the UNet again
         every:int=1,          # Push after every so many model calls
         interval:tuple=(0., math.inf), # Push only while sigma is within
     ):
-        self.loss_fn, self.decode_fn, self.scale, self.eps_fn = loss_fn, decode_fn, check_scale(scale, 'scale', '0 is off'), eps_fn
-        if not isinstance(every, int) or every<1: raise ValueError(f"expected every as a whole number of 1 or more, got {every!r}. 1 pushes after each step.")
-        self.every, self.interval, self.losses = every, interval, []   # losses: (number of the step, loss before the push)
+        self.loss_fn, self.decode_fn, self.eps_fn = loss_fn, decode_fn, eps_fn
+        self.scale = check_scale(scale, 'scale', '0 is off')
+        if not isinstance(every, int) or every<1:
+            raise ValueError(f"expected every as a whole number of 1 or more, got {every!r}. "
+                             "1 pushes after each step.")
+        self.every, self.interval = every, interval
+        self.losses = [] # (number of the step, loss before the push)
     def __call__(self,
         step, # A `Step` of the sampler; its `x_next` is changed
     ):

@@ -23,7 +23,8 @@ def pocket_path()->Path: # The folder of the checkpoint that comes with the pack
     return Path(str(files('sdlearn')/'checkpoint'))
 
 # %% ../nbs/27_load.ipynb #6210db05
-pieces = dict(tokenizer=('vocab.json', 'merges.txt'), text_encoder=('config.json',), vae=('config.json',), unet=('config.json',)) # besides the weights
+pieces = dict(tokenizer=('vocab.json', 'merges.txt'), text_encoder=('config.json',),
+              vae=('config.json',), unet=('config.json',)) # besides the weights
 
 def weights_file(
     folder:Path,          # A piece's folder, e.g. .../unet
@@ -35,11 +36,14 @@ def weights_file(
     best = sorted(found, key=lambda f: ('.fp16.' in f.name)!=(variant=='fp16'))
     if not best:
         pickles = [f.name for f in folder.glob('*') if f.suffix in ('.bin', '.ckpt', '.pt')]
-        raise ValueError(f"expected a .safetensors file in {folder}, found {'only '+', '.join(pickles)+', a pickle, which can run code when it is opened: it is refused' if pickles else 'none'}. "
+        found = f"only {', '.join(pickles)}, a pickle, which can run code when it is opened: it is refused"
+        raise ValueError(f"expected a .safetensors file in {folder}, found {found if pickles else 'none'}. "
                          "Get the safetensors version of this checkpoint.")
     try:
         with safe_open(best[0], 'pt') as f: f.keys()
-    except SafetensorError as e: raise ValueError(f"expected a complete file, but {best[0]} is damaged or truncated ({e}). Download it again.") from None
+    except SafetensorError as e:
+        raise ValueError(f"expected a complete file, but {best[0]} is damaged or truncated ({e}). "
+                         "Download it again.") from None
     return best[0]
 
 def check_folder(
@@ -50,7 +54,9 @@ def check_folder(
     folder = Path(folder)
     for piece, need in pieces.items():
         missing = [f'{piece}/{n}' for n in need if not (folder/piece/n).exists()]
-        if missing: raise ValueError(f"expected a Stable Diffusion folder with {', '.join(pieces)}; {folder} has no {', '.join(missing)}. Is it the right folder, and complete?")
+        if missing:
+            raise ValueError(f"expected a Stable Diffusion folder with {', '.join(pieces)}; "
+                             f"{folder} has no {', '.join(missing)}. Is it the right folder, and complete?")
         if piece!='tokenizer': weights_file(folder/piece, variant)
     return folder
 
@@ -63,13 +69,16 @@ def find_checkpoint(
     if name is None: return check_folder(pocket_path(), variant)
     if Path(name).is_dir(): return check_folder(Path(name), variant)
     if str(name).startswith(('.', '/', '~')) or str(name).count('/')!=1:
-        raise ValueError(f"expected a folder or a hub name such as 'CompVis/stable-diffusion-v1-4', got {str(name)!r}, which is neither. Check the path.")
+        raise ValueError("expected a folder or a hub name such as 'CompVis/stable-diffusion-v1-4', "
+                         f"got {str(name)!r}, which is neither. Check the path.")
     from huggingface_hub import snapshot_download
     wanted = [f'{p}/*{e}' for p in pieces for e in ('.json', '.txt', '.safetensors')]
-    try: return check_folder(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=['*non_ema*']), variant)
+    try:
+        return check_folder(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=['*non_ema*']), variant)
     except ValueError: raise
     except Exception as e:
-        raise OSError(f"expected to find {name!r} in the local cache or on the hub, but it could not be fetched ({type(e).__name__}). Connect to the internet once, "
+        raise OSError(f"expected to find {name!r} in the local cache or on the hub, "
+                      f"but it could not be fetched ({type(e).__name__}). Connect to the internet once, "
                       "check the spelling, or leave the name out: pocket needs no download.") from None
 
 # %% ../nbs/27_load.ipynb #08b4715a
@@ -83,7 +92,8 @@ def load_own(
     net = cls(json.loads((folder/'config.json').read_text()))
     state = {k: v.float() for k, v in load_file(weights_file(folder, variant)).items()}
     try: net.load_state_dict(flat_keys(state) if cls is TextEncoder else state)
-    except RuntimeError as e: raise ValueError(f"expected weights that fit {folder/'config.json'}, got others: {e}") from None
+    except RuntimeError as e:
+        raise ValueError(f"expected weights that fit {folder/'config.json'}, got others: {e}") from None
     return net
 
 def _load_theirs(folder, variant):
@@ -96,7 +106,9 @@ def _load_theirs(folder, variant):
             kind = 'fp16' if '.fp16.' in weights_file(folder/piece, variant).name else None
             net, info = cls.from_pretrained(folder/piece, use_safetensors=True, output_loading_info=True, variant=kind)
             missing = [k for k in info['missing_keys'] if 'position_ids' not in k]
-            if missing: raise ValueError(f"expected all weights of {piece} in {folder}, but {len(missing)} are missing, e.g. {missing[0]}. The file does not fit its config.json.")
+            if missing:
+                raise ValueError(f"expected all weights of {piece} in {folder}, but {len(missing)} are missing, "
+                                 f"e.g. {missing[0]}. The file does not fit its config.json.")
             nets.append(net)
     finally: logging.enable_progress_bar() if shown else None
     return tokenizer, *nets
@@ -118,22 +130,30 @@ class SD:
     def dtype(self): return next(self.unet.parameters()).dtype
     def to(self, *args):
         "Move and convert all networks"
-        for net in (self.text_encoder, self.vae, self.unet): nn.Module.to(net, *args) # diffusers' own `to` warns about every dtype
+        # diffusers' own `to` warns about every dtype
+        for net in (self.text_encoder, self.vae, self.unet): nn.Module.to(net, *args)
         return self
 
 def load_sd(
-    name=None,              # None: pocket, the small one in this package. A folder, or a hub name such as "CompVis/stable-diffusion-v1-4"
+    # None: pocket, the small one in this package. A folder, or a hub name such as "CompVis/stable-diffusion-v1-4"
+    name=None,
     device='cpu',           # Where the networks go, e.g. "cuda"
     dtype=torch.float32,    # `torch.float16` for a GPU
-    networks:str='diffusers', # 'diffusers': the ecosystem's own objects. 'own': the networks of these lessons, without importing diffusers
+    # 'diffusers': the ecosystem's own objects. 'own': the networks of these lessons, without importing diffusers
+    networks:str='diffusers',
 )->SD:                      # In evaluation mode, gradients off
     "Load Stable Diffusion: pocket, 1.4, 1.5 or anything in their layout"
-    if networks not in ('diffusers', 'own'): raise ValueError(f"expected networks='diffusers' or 'own', got {networks!r}")
+    if networks not in ('diffusers', 'own'):
+        raise ValueError(f"expected networks='diffusers' or 'own', got {networks!r}")
     variant = 'fp16' if dtype==torch.float16 else None
     folder = find_checkpoint(name, variant)
-    if networks=='own': got = Tokenizer.from_folder(folder/'tokenizer'), *(load_own(c, folder/p, variant) for c, p in ((TextEncoder, 'text_encoder'), (VAE, 'vae'), (UNet, 'unet')))
+    if networks=='own':
+        got = (Tokenizer.from_folder(folder/'tokenizer'),
+               *(load_own(c, folder/p, variant)
+                 for c, p in ((TextEncoder, 'text_encoder'), (VAE, 'vae'), (UNet, 'unet'))))
     else: got = _load_theirs(folder, variant)
     check_tokenizer(got[0])
     for net in got[1:]: net.eval().requires_grad_(False)
     note = folder/'pocket.json'
-    return SD(*got, folder, json.loads(note.read_text()).get('guidance_scale', 7.5) if note.exists() else 7.5).to(device, dtype)
+    return SD(*got, folder,
+              json.loads(note.read_text()).get('guidance_scale', 7.5) if note.exists() else 7.5).to(device, dtype)

@@ -53,7 +53,8 @@ class Clip(nn.Module):
     "Pocket's contrastive pair, for scoring pictures against words"
     def __init__(self, image, text_encoder, tokenizer, projection):
         super().__init__()
-        self.image, self.text_encoder, self.tokenizer, self.projection = image, text_encoder, tokenizer, nn.Parameter(projection, False)
+        self.image, self.text_encoder, self.tokenizer = image, text_encoder, tokenizer
+        self.projection = nn.Parameter(projection, False)
     def image_features(self,
         x:torch.Tensor, # (B,3,H,W) in -1..1
     )->torch.Tensor:    # (B,128) unit vectors; differentiable
@@ -65,7 +66,8 @@ class Clip(nn.Module):
         "Where words lie: the text encoder's output at the end token, projected"
         ids = tokenize(self.tokenizer, texts)
         end = (ids==49407).int().argmax(1)
-        last = encode_tokens(self.text_encoder, ids[:, :end.max()+1])[torch.arange(len(ids)), end] # causal: what comes after the end changes nothing
+        # causal: what comes after the end changes nothing
+        last = encode_tokens(self.text_encoder, ids[:, :end.max()+1])[torch.arange(len(ids)), end]
         return F.normalize(last@self.projection.T, dim=-1)
 
 @lru_cache
@@ -78,7 +80,8 @@ def load_clip(
     w = {k: v.float() for k, v in load_file(folder/'clip'/'model.safetensors').items()}
     image = ImageEncoder(**json.loads((folder/'clip'/'config.json').read_text()))
     image.load_state_dict({k.removeprefix('image.'): v for k, v in w.items() if k.startswith('image.')})
-    clip = Clip(image, load_own(TextEncoder, folder/'text_encoder'), Tokenizer.from_folder(folder/'tokenizer'), w['text_projection.weight'])
+    clip = Clip(image, load_own(TextEncoder, folder/'text_encoder'),
+                Tokenizer.from_folder(folder/'tokenizer'), w['text_projection.weight'])
     return clip.eval().requires_grad_(False)
 
 @torch.no_grad()
@@ -120,7 +123,8 @@ def rivals(
 )->dict:         # 'subject', and 'style' or 'background', whichever the pair is about: tuples of scenes
     "Scenes that differ from this one in one thing"
     s, style, back = pair
-    new = dict(style=tuple((s, k, back) for k in styles)) if style!='plain' else dict(background=tuple((s, style, k) for k in backgrounds))
+    new = (dict(style=tuple((s, k, back) for k in styles)) if style!='plain' else
+           dict(background=tuple((s, style, k) for k in backgrounds)))
     return dict(subject=tuple((n, style, back) for n in names), **new)
 
 @lru_cache(8)
@@ -149,11 +153,13 @@ def evaluate_vae(vae, names, n=128):
 def draw_all(sd, prompts, seed=0, bs=8, **kw):
     "Pictures for many prompts, in batches"
     from tqdm.auto import tqdm
-    return [im for i in tqdm(range(0, len(prompts), bs), desc='drawing', disable=len(prompts)<99) for im in txt2img(sd, prompts[i:i+bs], seed=seed+i, progress=False, **kw)]
+    return [im for i in tqdm(range(0, len(prompts), bs), desc='drawing', disable=len(prompts)<99)
+            for im in txt2img(sd, prompts[i:i+bs], seed=seed+i, progress=False, **kw)]
 
 def evaluate_seen(sd, names, **kw):
     "Top-1 retrieval of 'a picture of X' among all known subjects, by CLIP and by pixels"
-    images, options = draw_all(sd, [caption(s) for s in names], **kw), tuple((s, 'plain', 'white') for s in subjects(sd.path))
+    images = draw_all(sd, [caption(s) for s in names], **kw)
+    options = tuple((s, 'plain', 'white') for s in subjects(sd.path))
     found = [[seen[0]==s for seen in taken_for(im, options, sd.path)] for im, s in zip(images, names)]
     return dict(zip(('clip_top1', 'pixel_top1'), map(share, zip(*found)))), images
 
@@ -162,7 +168,8 @@ def evaluate_held_out(sd, pairs, names, **kw):
     images, right = draw_all(sd, [caption(*p) for p in pairs], **kw), {}
     for im, pair in zip(images, pairs):
         for what, options in rivals(pair, names).items():
-            for judge, seen in zip(('clip', 'pixel'), taken_for(im, options, sd.path)): right.setdefault(f'{what}_{judge}', []).append(seen==pair)
+            for judge, seen in zip(('clip', 'pixel'), taken_for(im, options, sd.path)):
+                right.setdefault(f'{what}_{judge}', []).append(seen==pair)
     return {k: share(v) for k, v in right.items()}, images
 
 def evaluate(
@@ -173,13 +180,16 @@ def evaluate(
 )->dict:                        # The numbers of the model card
     "Measure a checkpoint: run this before its weights are replaced"
     sd, names, pairs = load_sd(path, networks='own'), subjects(path), held_out(path)
-    kw = dict(num_inference_steps=num_inference_steps, guidance_scale=sd.guidance_scale if guidance_scale is None else guidance_scale, sampler=sampler)
+    kw = dict(num_inference_steps=num_inference_steps,
+              guidance_scale=sd.guidance_scale if guidance_scale is None else guidance_scale, sampler=sampler)
     pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:limit]
-    pairs = sorted((pairs[i] for i in pick), key=lambda p: p[1:]) # by style and background: one row of the sheet, one set of rivals
+    # by style and background: one row of the sheet, one set of rivals
+    pairs = sorted((pairs[i] for i in pick), key=lambda p: p[1:])
     m = dict(settings=kw, pairs=len(pairs), vae_psnr=evaluate_vae(sd.vae, names))
     m['seen'], seen = evaluate_seen(sd, names[:limit], **kw)
     m['held_out'], unseen = evaluate_held_out(sd, pairs, names, **kw)
-    shots = {n: pixel_features(draw_all(sd, [caption(s) for s in names[:16]], **kw|dict(num_inference_steps=n))) for n in (4, 10, 20, 50)}
+    shots = {n: pixel_features(draw_all(sd, [caption(s) for s in names[:16]], **kw|dict(num_inference_steps=n)))
+             for n in (4, 10, 20, 50)}
     for n in (4, 10, 20): m[f'rms_{n}_vs_50_steps'] = round((shots[n]-shots[50]).pow(2).mean().sqrt().item(), 3)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -194,8 +204,11 @@ def model_card(
     folder, f = _folder(path), facts(path)
     m, size = f.get('metrics', {}), sum(p.stat().st_size for p in folder.rglob('*.safetensors'))/1e6
     seen, new = m.get('seen', {}), m.get('held_out', {})
-    rows = [('VAE, picture in and out', f"PSNR {m.get('vae_psnr')} dB"), ('top-1 of "a picture of X", by CLIP', seen.get('clip_top1')), ('the same, by pixel distance', seen.get('pixel_top1')),
-            *((f'{m.get("pairs")} held-out pairs: {k.replace("_", " right, by ")}', v) for k, v in new.items()), *((k.replace('_', ' '), v) for k, v in m.items() if k.startswith('rms'))]
+    rows = [('VAE, picture in and out', f"PSNR {m.get('vae_psnr')} dB"),
+            ('top-1 of "a picture of X", by CLIP', seen.get('clip_top1')),
+            ('the same, by pixel distance', seen.get('pixel_top1')),
+            *((f'{m.get("pairs")} held-out pairs: {k.replace("_", " right, by ")}', v) for k, v in new.items()),
+            *((k.replace('_', ' '), v) for k, v in m.items() if k.startswith('rms'))]
     return f"""# pocket
 
 A small Stable Diffusion for teaching: {size:.1f} MB, {f['subjects']} subjects, 128x128 pixels, drawn on a CPU in seconds. It comes with the package `sdlearn`.

@@ -43,8 +43,11 @@ class SmallUNet(nn.Module):
         self.level = nn.Sequential(nn.Linear(14, told), nn.SiLU(), nn.Linear(told, told))
         self.label = nn.Linear(classes, told)
         nn.init.normal_(self.label.weight, std=2.)   # loud, so that the class is listened to from the start
-        self.inp, self.down, self.up, self.out = nn.Conv2d(channels, w, 3, padding=1), nn.Conv2d(w, 2*w, 2, 2), nn.ConvTranspose2d(2*w, w, 2, 2), nn.Conv2d(w, channels, 3, padding=1)
-        self.a, self.b, self.c, self.d = Block(w, w, told), Block(2*w, 2*w, told), Block(2*w, 2*w, told), Block(2*w, w, told)
+        self.inp, self.down, self.up, self.out = (
+            nn.Conv2d(channels, w, 3, padding=1), nn.Conv2d(w, 2*w, 2, 2),
+            nn.ConvTranspose2d(2*w, w, 2, 2), nn.Conv2d(w, channels, 3, padding=1))
+        self.a, self.b, self.c, self.d = (
+            Block(w, w, told), Block(2*w, 2*w, told), Block(2*w, 2*w, told), Block(2*w, w, told))
     def forward(self,
         x_in:torch.Tensor,    # (B,C,H,W), scaled by 1/sqrt(sigma^2+1); H and W even
         sigma:torch.Tensor,   # (B,) noise std, above 0
@@ -66,7 +69,8 @@ def one_hot(
     "Classes as the network is told them"
     if labels is None: return torch.zeros(n, classes)
     labels = torch.as_tensor(labels)
-    if labels.min()<0 or labels.max()>=classes: raise ValueError(f"expected classes 0..{classes-1}, got {labels.min()}..{labels.max()}")
+    if labels.min()<0 or labels.max()>=classes:
+        raise ValueError(f"expected classes 0..{classes-1}, got {labels.min()}..{labels.max()}")
     return F.one_hot(labels.long(), classes).float()
 
 # %% ../nbs/11_noise.ipynb #d419a158
@@ -153,7 +157,7 @@ def adam(
     beta2:float=.9,  # Of the running mean of squares
     size:float=1.,   # Of the direction
 ):                   # eps -> direction, with a memory: make a new one for every drawing
-    "Running mean over root of the running mean square, per pixel, both corrected for their start (Kingma & Ba 2015, alg. 1)"
+    "Running mean over root of running mean square, per pixel, corrected for their start (Kingma & Ba 2015, alg. 1)"
     m, v, i = 0., 0., 0
     def direction(eps):
         nonlocal m, v, i

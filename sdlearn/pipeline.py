@@ -25,13 +25,15 @@ def noise_predictor(
     unet,                          # Our `UNet` or diffusers'
     text_embeddings:torch.Tensor,  # (2B,77,D), the unconditional half first
     guidance_scale:float=7.5,      # 1 is off, 0 is the unconditional picture
-    interval:tuple=(0., math.inf), # Guide only while sigma is within (Kynkaanniemi et al. 2024); outside, the prompt alone is asked
+    # Guide only while sigma is within (Kynkaanniemi et al. 2024); outside, the prompt alone is asked
+    interval:tuple=(0., math.inf),
 ):                                 # eps_fn(x, sigma, t) -> predicted noise, shape of x
     "The question that every sampler asks"
     unet, (uncond, text) = prepare(unet), text_embeddings.chunk(2)
     def eps_fn(x, sigma, t):
         x_in = scale_input(x, sigma).to(text.dtype)
-        if guidance_scale==1 or not interval[0]<=sigma<=interval[1]: return predict_noise(unet, x_in, t, text).to(x.dtype)
+        if guidance_scale==1 or not interval[0]<=sigma<=interval[1]:
+            return predict_noise(unet, x_in, t, text).to(x.dtype)
         if guidance_scale==0: return predict_noise(unet, x_in, t, uncond).to(x.dtype)
         return cfg(*predict_noise(unet, torch.cat([x_in]*2), t, text_embeddings).to(x.dtype).chunk(2), guidance_scale)
     return eps_fn
@@ -45,15 +47,24 @@ def check_inputs(
     strength:float=1.,            # 0..1
 ):
     "Raise a readable error for settings that cannot work"
-    if not prompts: raise ValueError("expected at least one prompt, got an empty list. For a picture without a prompt use ''.")
-    if bad := [p for p in prompts if not isinstance(p, str)]: raise ValueError(f"expected prompts that are strings, got {bad[0]!r}")
+    if not prompts:
+        raise ValueError("expected at least one prompt, got an empty list. For a picture without a prompt use ''.")
+    if bad := [p for p in prompts if not isinstance(p, str)]:
+        raise ValueError(f"expected prompts that are strings, got {bad[0]!r}")
     if not isinstance(num_inference_steps, int) or not 2<=num_inference_steps<=1000:
-        raise ValueError(f"expected num_inference_steps from 2 to 1000, got {num_inference_steps!r}. The model was trained on 1000 noise levels, and one step only gives the average picture; 20 to 50 is usual.")
-    if guidance_scale is not None and not (isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale) and guidance_scale>=0):
-        raise ValueError(f"expected a finite guidance_scale of 0 or more, got {guidance_scale!r}. 1 is off, 7.5 is usual.")
+        raise ValueError(f"expected num_inference_steps from 2 to 1000, got {num_inference_steps!r}. "
+                         "The model was trained on 1000 noise levels, and one step only gives the average picture; "
+                         "20 to 50 is usual.")
+    if guidance_scale is not None and not (isinstance(guidance_scale, (int, float)) and
+                                           math.isfinite(guidance_scale) and guidance_scale>=0):
+        raise ValueError(f"expected a finite guidance_scale of 0 or more, got {guidance_scale!r}. "
+                         "1 is off, 7.5 is usual.")
     for name, side in dict(height=height, width=width).items():
-        if not isinstance(side, int) or side<=0 or side%8: raise ValueError(f"expected a {name} that is a multiple of 8, got {side!r}. Try {max(8, round(side/8)*8)}.")
-    if not 0<=strength<=1: raise ValueError(f"expected a strength from 0 (the image as it is) to 1 (ignored), got {strength!r}")
+        if not isinstance(side, int) or side<=0 or side%8:
+            raise ValueError(f"expected a {name} that is a multiple of 8, got {side!r}. "
+                             f"Try {max(8, round(side/8)*8)}.")
+    if not 0<=strength<=1:
+        raise ValueError(f"expected a strength from 0 (the image as it is) to 1 (ignored), got {strength!r}")
 
 # %% ../nbs/28_pipeline.ipynb #9bca0a2b
 def unseen_words(
@@ -73,10 +84,14 @@ def encode_prompt(
 )->torch.Tensor:         # (2B,77,D), the negative half first
     "Text embeddings for guidance"
     negative = [negative_prompt]*len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-    if len(negative)!=len(prompts): raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
+    if len(negative)!=len(prompts):
+        raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
     for p in prompts:
-        if words := unseen_words(sd, p): warnings.warn(f"this checkpoint has never seen {', '.join(map(repr, dict.fromkeys(words)))}; it draws anyway. sdlearn.pocket.subjects() lists what pocket knows.")
-    return torch.cat([embed_prompts(sd.tokenizer, sd.text_encoder, negative), embed_prompts(sd.tokenizer, sd.text_encoder, prompts)]).to(sd.dtype)
+        if words := unseen_words(sd, p):
+            warnings.warn(f"this checkpoint has never seen {', '.join(map(repr, dict.fromkeys(words)))}; "
+                          "it draws anyway. sdlearn.pocket.subjects() lists what pocket knows.")
+    return torch.cat([embed_prompts(sd.tokenizer, sd.text_encoder, negative),
+                      embed_prompts(sd.tokenizer, sd.text_encoder, prompts)]).to(sd.dtype)
 
 @torch.no_grad()
 def denoise(
@@ -85,7 +100,7 @@ def denoise(
     x:torch.Tensor,               # (B,4,h,w) noisy latents, x0 + sigma*noise
     num_inference_steps:int=30,   # Steps of the whole schedule
     guidance_scale:float=7.5,     # 1 is off
-    sampler='dpmpp_2m',                # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
+    sampler='dpmpp_2m',           # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
     start_step:int=0,             # First step to take: later for image-to-image
     noise_fn=None,                # Fresh noise for the samplers that add some: called with x, gives its like
     interval:tuple=(0., math.inf),# sigmas at which to guide
@@ -104,7 +119,8 @@ def _seeds(seed, n): # one integer per picture
     if len(seeds)!=n: raise ValueError(f"expected one seed or {n}, one per prompt, got {len(seeds)}")
     return seeds
 
-def _fresh(seeds): return noise_from([torch.Generator().manual_seed(s+2**32) for s in seeds]) # for samplers that add noise on the way
+def _fresh(seeds): # for samplers that add noise on the way
+    return noise_from([torch.Generator().manual_seed(s+2**32) for s in seeds])
 
 def _run(sd, text_embeddings, x, n, scale, sampler, start_step, seeds, interval, progress, on_step=None):
     scale = sd.guidance_scale if scale is None else scale
@@ -122,11 +138,15 @@ def generate_with_embs(
     interval:tuple=(0., math.inf), on_step=None, progress:bool=True, # As in `txt2img`
 )->list:                          # PIL images
     "Pictures from text embeddings, whatever was done to them before"
-    if uncond: text_embeddings = torch.cat([embed_prompts(sd.tokenizer, sd.text_encoder, ['']*len(text_embeddings)).to(text_embeddings), text_embeddings])
+    if uncond:
+        text_embeddings = torch.cat([
+            embed_prompts(sd.tokenizer, sd.text_encoder, ['']*len(text_embeddings)).to(text_embeddings),
+            text_embeddings])
     n, seeds = num_inference_steps, _seeds(seed, len(text_embeddings)//2)
     h, w = height or native_size(sd), width or native_size(sd)
     noise = seeded_noise((4, h//8, w//8), seeds, sd.device)
-    return _run(sd, text_embeddings.to(sd.device, sd.dtype), start(sampler, noise, n), n, guidance_scale, sampler, 0, seeds, interval, progress, on_step)
+    return _run(sd, text_embeddings.to(sd.device, sd.dtype), start(sampler, noise, n), n, guidance_scale,
+                sampler, 0, seeds, interval, progress, on_step)
 
 def native_size(sd)->int: # Pixels
     "The side of the pictures a checkpoint was trained on: 128 for pocket, 512 for SD v1"
@@ -139,7 +159,7 @@ def txt2img(
     num_inference_steps:int=30,  # 2 to 1000
     guidance_scale:float=None,   # 1 is off, 0 ignores the prompt; None: what the checkpoint recommends, 7.5 for SD v1
     seed=None,                   # An integer (picture i gets seed+i), one per prompt, or None for a random one
-    sampler='dpmpp_2m',               # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
+    sampler='dpmpp_2m',          # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
     height:int=None, width:int=None, # Pixels, multiples of 8; the checkpoint's own size when missing
     interval:tuple=(0., math.inf), # sigmas at which to guide
     on_step=None,                # Called with every `Step`, e.g. to record it
@@ -150,7 +170,8 @@ def txt2img(
     h, w = height or native_size(sd), width or native_size(sd)
     check_inputs(prompts, num_inference_steps, guidance_scale, h, w)
     emb = encode_prompt(sd, prompts, negative_prompt)
-    return generate_with_embs(sd, emb, num_inference_steps, guidance_scale, _seeds(seed, len(prompts)), sampler, h, w, False, interval, on_step, progress)
+    return generate_with_embs(sd, emb, num_inference_steps, guidance_scale, _seeds(seed, len(prompts)),
+                              sampler, h, w, False, interval, on_step, progress)
 
 # %% ../nbs/28_pipeline.ipynb #6bed52bd
 def start_step(
@@ -166,10 +187,13 @@ def _encode_start(sd, images, sampler, n, first, seeds): # clean latents, their 
     noise = noise_from(gens)(latents)
     return latents, noise, start(sampler, noise, n) if first==0 else latents+float(plan(sampler, n).sigmas[first])*noise
 
-def _fit(sd, image, mode='RGB'): # PIL image(s) of any mode -> list of that mode
+def _fit(image, n, mode='RGB'): # PIL image(s) of any mode -> one of that mode for each of n prompts
     images = [image] if isinstance(image, Image.Image) else list(image)
-    if bad := [i for i in images if not isinstance(i, Image.Image)]: raise ValueError(f"expected PIL images, got {type(bad[0]).__name__}. Open a file with PIL.Image.open(path).")
-    return [i.convert(mode) for i in images]
+    if bad := [i for i in images if not isinstance(i, Image.Image)]:
+        raise ValueError(f"expected PIL images, got {type(bad[0]).__name__}. Open a file with PIL.Image.open(path).")
+    if len(images) not in (1, n): raise ValueError(f"expected one image or {n}, one per prompt, got {len(images)}")
+    if len(sizes := {i.size for i in images})>1: raise ValueError(f"expected images of one size, got {sorted(sizes)}")
+    return [i.convert(mode) for i in images]*(n//len(images))
 
 @torch.no_grad()
 def img2img(
@@ -180,32 +204,36 @@ def img2img(
     interval:tuple=(0., math.inf), on_step=None, progress:bool=True, # As in `txt2img`
 )->list:                      # PIL images, one per prompt
     "Image to image: the same loop, started later (SDEdit, Meng et al. 2021)"
-    prompts, images = [prompt] if isinstance(prompt, str) else list(prompt), _fit(sd, image)
-    n, first, seeds = num_inference_steps, None, _seeds(seed, len(prompts))
-    check_inputs(prompts, n, guidance_scale, *images[0].size[::-1], strength)
-    images = images_to_tensor(images*len(prompts) if len(images)==1 else images)
-    first = start_step(n, strength)
+    prompts, n = [prompt] if isinstance(prompt, str) else list(prompt), num_inference_steps
+    check_inputs(prompts, n, guidance_scale, strength=strength)
+    images, first, seeds = _fit(image, len(prompts)), start_step(n, strength), _seeds(seed, len(prompts))
+    check_inputs(prompts, n, guidance_scale, *images[0].size[::-1])
+    images = images_to_tensor(images)
     latents, _, x = _encode_start(sd, images, sampler, n, min(first, n-1), seeds)
     if first>=n: return latents_to_pil(encode(sd.vae, images.to(sd.device, sd.dtype)), sd.vae)
-    return _run(sd, encode_prompt(sd, prompts, negative_prompt), x, n, guidance_scale, sampler, first, seeds, interval, progress, on_step)
+    return _run(sd, encode_prompt(sd, prompts, negative_prompt), x, n, guidance_scale,
+                sampler, first, seeds, interval, progress, on_step)
 
 # %% ../nbs/28_pipeline.ipynb #fc91f7f2
 @torch.no_grad()
 def inpaint(
     sd, prompt,               # As in `txt2img`
     image,                    # A PIL image or one per prompt
-    mask,                     # A PIL image of the same size: white is redrawn, black is kept
+    mask,                     # A PIL image of the same size, or one per prompt: white is redrawn, black is kept
     strength:float=1.,        # How much of what is under the mask is forgotten
     negative_prompt='', num_inference_steps:int=30, guidance_scale:float=None, seed=None, sampler='dpmpp_2m',
     interval:tuple=(0., math.inf), on_step=None, progress:bool=True, # As in `txt2img`
 )->list:                      # PIL images, one per prompt
     "Inpainting with any checkpoint: the same loop, with the kept part put back after each step"
-    prompts, images, masks = [prompt] if isinstance(prompt, str) else list(prompt), _fit(sd, image), _fit(sd, mask, 'L')
-    if masks[0].size!=images[0].size: raise ValueError(f"expected a mask of the image's size {images[0].size}, got {masks[0].size}. Try mask.resize(image.size).")
-    n, seeds = num_inference_steps, _seeds(seed, len(prompts))
-    check_inputs(prompts, n, guidance_scale, *images[0].size[::-1], strength)
-    first = start_step(n, strength)
-    latents, noise, x = _encode_start(sd, images_to_tensor(images*(len(prompts)//len(images))), sampler, n, min(first, n-1), seeds)
+    prompts, n = [prompt] if isinstance(prompt, str) else list(prompt), num_inference_steps
+    check_inputs(prompts, n, guidance_scale, strength=strength)
+    images, masks = _fit(image, len(prompts)), _fit(mask, len(prompts), 'L')
+    if masks[0].size!=images[0].size:
+        raise ValueError(f"expected a mask of the image's size {images[0].size}, got {masks[0].size}. "
+                         "Try mask.resize(image.size).")
+    first, seeds = start_step(n, strength), _seeds(seed, len(prompts))
+    check_inputs(prompts, n, guidance_scale, *images[0].size[::-1])
+    latents, noise, x = _encode_start(sd, images_to_tensor(images), sampler, n, min(first, n-1), seeds)
     if first>=n: return latents_to_pil(latents.to(sd.dtype), sd.vae)
     holes = torch.stack([torch.from_numpy(np.array(m, dtype=np.float32))/255 for m in masks])[:, None].round()
     hole = F.interpolate(holes, latents.shape[-2:]).to(latents)   # one number per latent
@@ -213,7 +241,8 @@ def inpaint(
     def keep(step): # the last x_next is clean, so nothing is added there
         step.x_next = torch.lerp(latents+(0 if step.sigma_next==end else step.sigma_next)*noise, step.x_next, hole)
         if on_step: on_step(step)
-    return _run(sd, encode_prompt(sd, prompts, negative_prompt), x, n, guidance_scale, sampler, first, seeds, interval, progress, keep)
+    return _run(sd, encode_prompt(sd, prompts, negative_prompt), x, n, guidance_scale,
+                sampler, first, seeds, interval, progress, keep)
 
 # %% ../nbs/28_pipeline.ipynb #7bbe0c34
 @torch.no_grad()

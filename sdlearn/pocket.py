@@ -55,14 +55,16 @@ def batch_of(
     device='cpu',
 )->torch.Tensor:     # (B,3,H,W) in -1..1
     "Pictures as a float batch"
-    x = torch.from_numpy(np.ascontiguousarray(data[np.sort(np.asarray(idx))])).permute(0, 3, 1, 2).to(device).float()/127.5-1
+    x = (torch.from_numpy(np.ascontiguousarray(data[np.sort(np.asarray(idx))]))
+         .permute(0, 3, 1, 2).to(device).float()/127.5-1)
     if crop is None: return x
     top, left = torch.randint(0, x.shape[-1]-crop+1, (2,), generator=rng).tolist()
     return x[..., top:top+crop, left:left+crop].contiguous()
 
 # %% ../nbs/63_pocket.ipynb #5f1a95fc
-vae_config = dict(block_out_channels=(32,64,96,128), down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
-                  layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=128, scaling_factor=scaling_factor)
+vae_config = dict(block_out_channels=(32,64,96,128), down_block_types=('DownEncoderBlock2D',)*4,
+                  up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=1, latent_channels=4,
+                  norm_num_groups=32, sample_size=128, scaling_factor=scaling_factor)
 
 def edges(x): return torch.cat([(x[..., 1:, :]-x[..., :-1, :]).flatten(1), (x[..., 1:]-x[..., :-1]).flatten(1)], 1)
 
@@ -71,7 +73,8 @@ def picture_loss(
     x:torch.Tensor, # (B,3,H,W), what should have
 )->torch.Tensor:
     "Absolute and squared error, edges, and the colour of every 8x8 patch, which would otherwise be learned last"
-    return F.l1_loss(y, x)+4*F.mse_loss(y, x)+F.l1_loss(edges(y), edges(x))+10*F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))
+    return (F.l1_loss(y, x)+4*F.mse_loss(y, x)+F.l1_loss(edges(y), edges(x))
+            +10*F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)))
 
 class VAELoss(nn.Module):
     "The autoencoder and its loss in one forward, so that Accelerate can wrap it"
@@ -80,7 +83,8 @@ class VAELoss(nn.Module):
         kl:float=1e-4, # Weight of the KL term, per latent number
     ):
         super().__init__()
-        self.vae, self.kl, self.color = vae, kl, nn.Conv2d(4, 3, 1) # reads the colour of a patch off its latents; thrown away at the end
+        self.vae, self.kl, self.color = vae, kl, nn.Conv2d(4, 3, 1)
+        # `color` reads the colour of a patch off its latents; it is thrown away at the end
     def forward(self, x, g):
         mean, logvar = self.vae.quant_conv(self.vae.encoder(x)).float().chunk(2, 1)
         logvar = logvar.clamp(-30, 20)
@@ -114,7 +118,7 @@ def standardize(
     vae,     # AutoencoderKL; its quant convolutions are changed in place
     x:torch.Tensor, # (B,3,H,W) pictures to measure on
 ):
-    "Fold the measured mean and scale of each latent channel into the quant convolutions, so that latents*0.18215 have mean 0 and std 1"
+    "Fold mean and scale of each latent channel into the quant convolutions: latents*0.18215 get mean 0 and std 1"
     mean = vae.encode(x).latent_dist.mean
     mu, k = mean.mean((0, 2, 3)), 1/scaling_factor/mean.std((0, 2, 3))
     q, p = vae.quant_conv, vae.post_quant_conv
@@ -123,8 +127,9 @@ def standardize(
     return vae
 
 # %% ../nbs/63_pocket.ipynb #3632d1cf
-text_config = dict(vocab_size=49408, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77,
-                   hidden_act='quick_gelu', projection_dim=128, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
+text_config = dict(vocab_size=49408, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+                   num_attention_heads=4, max_position_embeddings=77, hidden_act='quick_gelu', projection_dim=128,
+                   bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
 
 class Pair(nn.Module):
     "Text encoder and image encoder with a learned temperature"
@@ -139,7 +144,8 @@ class Pair(nn.Module):
 
 def token_ids(tokenizer, texts, pad=True):
     "(B,77) ids; without `pad` only as wide as the longest text, which a causal encoder cannot tell apart"
-    return tokenizer(texts, padding='max_length' if pad else True, truncation=True, max_length=77, return_tensors='pt').input_ids
+    return tokenizer(texts, padding='max_length' if pad else True, truncation=True, max_length=77,
+                     return_tensors='pt').input_ids
 
 def pair_loss(data, captions, tokenizer, pick):
     "For `fit`: the contrastive loss of the pictures that `pick(generator)` chooses"
@@ -168,8 +174,10 @@ def train_clip(
     return pair.eval(), losses
 
 # %% ../nbs/63_pocket.ipynb #caa729f0
-unet_config = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64,128,176), norm_num_groups=16, layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
-                   down_block_types=('DownBlock2D','CrossAttnDownBlock2D','DownBlock2D'), up_block_types=('UpBlock2D','CrossAttnUpBlock2D','UpBlock2D'))
+unet_config = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64,128,176), norm_num_groups=16,
+                   layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+                   down_block_types=('DownBlock2D','CrossAttnDownBlock2D','DownBlock2D'),
+                   up_block_types=('UpBlock2D','CrossAttnUpBlock2D','UpBlock2D'))
 
 @torch.no_grad()
 def cache_latents(
@@ -180,7 +188,8 @@ def cache_latents(
     "Encode every picture once: the UNet never sees pixels"
     from tqdm.auto import tqdm
     if path and Path(path).exists(): return torch.load(path, weights_only=True)
-    out = torch.cat([vae.encode(batch_of(data, range(i, min(i+bs, len(data))))).latent_dist.mean*scaling_factor for i in tqdm(range(0, len(data), bs), desc='encoding', disable=len(data)<999)]).half()
+    out = torch.cat([vae.encode(batch_of(data, range(i, min(i+bs, len(data))))).latent_dist.mean*scaling_factor
+                     for i in tqdm(range(0, len(data), bs), desc='encoding', disable=len(data)<999)]).half()
     if path: torch.save(out, path)
     return out
 
@@ -193,7 +202,8 @@ def cache_texts(
     from tqdm.auto import tqdm
     rows = {t: i for i, t in enumerate(dict.fromkeys(['', *captions]))}
     texts = list(rows)
-    emb = torch.cat([encode_tokens(text_encoder, token_ids(tokenizer, texts[i:i+bs])).half() for i in tqdm(range(0, len(texts), bs), desc='texts', disable=len(texts)<999)])
+    emb = torch.cat([encode_tokens(text_encoder, token_ids(tokenizer, texts[i:i+bs])).half()
+                     for i in tqdm(range(0, len(texts), bs), desc='texts', disable=len(texts)<999)])
     return emb, torch.tensor([rows[c] for c in captions])
 
 # %% ../nbs/63_pocket.ipynb #a99a2a5f
@@ -220,7 +230,8 @@ def train_unet(
     unet, abar = unet or UNet2DConditionModel(**unet_config), alphas_cumprod().float()
     def loss(net, g):
         dev = next(net.parameters()).device
-        idx, t = torch.randint(len(latents), (bs,), generator=g), random_timesteps(bs, g) # 0..999: sampling starts at 999
+        idx = torch.randint(len(latents), (bs,), generator=g)
+        t = random_timesteps(bs, g) # 0..999: sampling starts at 999
         x0, noise, a = latents[idx].float(), torch.randn(bs, *latents.shape[1:], generator=g), abar[t, None, None, None]
         row = torch.where(torch.rand(bs, generator=g)<drop, 0, rows[idx])
         pred = net((a.sqrt()*x0+(1-a).sqrt()*noise).to(dev), t.to(dev), emb[row].float().to(dev)).sample.float()
@@ -230,11 +241,15 @@ def train_unet(
     return unet.eval(), losses
 
 # %% ../nbs/63_pocket.ipynb #298b341e
-scheduler_config = dict(_class_name='PNDMScheduler', _diffusers_version='0.30.0', beta_end=.012, beta_schedule='scaled_linear', beta_start=.00085,
-                        clip_sample=False, num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, trained_betas=None) # as in CompVis/stable-diffusion-v1-4
-model_index = dict(_class_name='StableDiffusionPipeline', _diffusers_version='0.30.0', feature_extractor=[None, None], requires_safety_checker=False, safety_checker=[None, None],
-                   scheduler=['diffusers', 'PNDMScheduler'], text_encoder=['transformers', 'CLIPTextModel'], tokenizer=['transformers', 'CLIPTokenizer'],
-                   unet=['diffusers', 'UNet2DConditionModel'], vae=['diffusers', 'AutoencoderKL'])
+scheduler_config = dict(_class_name='PNDMScheduler', _diffusers_version='0.30.0', beta_end=.012,
+                        beta_schedule='scaled_linear', beta_start=.00085, clip_sample=False,
+                        num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True,
+                        steps_offset=1, trained_betas=None) # as in CompVis/stable-diffusion-v1-4
+model_index = dict(_class_name='StableDiffusionPipeline', _diffusers_version='0.30.0', feature_extractor=[None, None],
+                   requires_safety_checker=False, safety_checker=[None, None],
+                   scheduler=['diffusers', 'PNDMScheduler'], text_encoder=['transformers', 'CLIPTextModel'],
+                   tokenizer=['transformers', 'CLIPTokenizer'], unet=['diffusers', 'UNet2DConditionModel'],
+                   vae=['diffusers', 'AutoencoderKL'])
 
 def _write(folder, config, weights=None, name='diffusion_pytorch_model.safetensors', config_name='config.json'):
     from safetensors.torch import save_file
@@ -254,14 +269,24 @@ def save_checkpoint(
     (folder/'model_index.json').write_text(json.dumps(model_index, indent=2)+'\n')
     _write(folder/'scheduler', scheduler_config, config_name='scheduler_config.json')
     if subjects: update_facts(folder, subjects=subjects)
-    if vae is not None: _write(folder/'vae', dict(_class_name='AutoencoderKL', _diffusers_version='0.30.0', in_channels=3, out_channels=3, act_fn='silu', force_upcast=True, **vae_config), vae.state_dict())
-    if unet is not None: _write(folder/'unet', dict(_class_name='UNet2DConditionModel', _diffusers_version='0.30.0', act_fn='silu', flip_sin_to_cos=True, freq_shift=0,
-                                                    center_input_sample=False, downsample_padding=1, mid_block_scale_factor=1, norm_eps=1e-5, **unet_config), unet.state_dict())
+    if vae is not None:
+        _write(folder/'vae', dict(_class_name='AutoencoderKL', _diffusers_version='0.30.0', in_channels=3,
+                                  out_channels=3, act_fn='silu', force_upcast=True, **vae_config), vae.state_dict())
+    if unet is not None:
+        _write(folder/'unet', dict(_class_name='UNet2DConditionModel', _diffusers_version='0.30.0', act_fn='silu',
+                                   flip_sin_to_cos=True, freq_shift=0, center_input_sample=False, downsample_padding=1,
+                                   mid_block_scale_factor=1, norm_eps=1e-5, **unet_config), unet.state_dict())
     if pair is not None:
         state = pair.text.state_dict()
-        text, proj = nested_keys(state), state['text_projection.weight'] # the nested names: transformers 4 and 5 both read them
-        _write(folder/'text_encoder', dict(architectures=['CLIPTextModel'], model_type='clip_text_model', torch_dtype='float32', dtype='float32', layer_norm_eps=1e-5, dropout=0., attention_dropout=0., initializer_factor=1., initializer_range=.02, **text_config), text, 'model.safetensors')
-        _write(folder/'clip', pair.image.config, {'text_projection.weight': proj, 'scale': pair.scale, **{'image.'+k: v for k, v in pair.image.state_dict().items()}}, 'model.safetensors')
+        # the nested names: transformers 4 and 5 both read them
+        text, proj = nested_keys(state), state['text_projection.weight']
+        _write(folder/'text_encoder',
+               dict(architectures=['CLIPTextModel'], model_type='clip_text_model', torch_dtype='float32',
+                    dtype='float32', layer_norm_eps=1e-5, dropout=0., attention_dropout=0., initializer_factor=1.,
+                    initializer_range=.02, **text_config), text, 'model.safetensors')
+        _write(folder/'clip', pair.image.config,
+               {'text_projection.weight': proj, 'scale': pair.scale,
+                **{'image.'+k: v for k, v in pair.image.state_dict().items()}}, 'model.safetensors')
 
 # %% ../nbs/63_pocket.ipynb #7e50bb40
 def train_decoder(
@@ -309,7 +334,9 @@ def train_image_encoder(
     **kw):             # To `fit`
     "Train the image encoder and the two projections, the text encoder frozen"
     pair.text.requires_grad_(False); pair.text.text_projection.requires_grad_(True)
-    def pick(g): return (torch.randint(subjects, (bs//alike, 1), generator=g)+subjects*torch.randint(len(data)//subjects, (bs//alike, alike), generator=g)).flatten()
+    def pick(g):
+        return (torch.randint(subjects, (bs//alike, 1), generator=g)
+                +subjects*torch.randint(len(data)//subjects, (bs//alike, alike), generator=g)).flatten()
     return pair, fit(pair, pair_loss(data, captions, tokenizer, pick), steps, lr=lr, path=Path(run)/'image.pt', **kw)
 
 # %% ../nbs/63_pocket.ipynb #1027a3c2
@@ -340,37 +367,54 @@ def train(
     tokenizer = Tokenizer.from_folder(out/'tokenizer')
     data, captions = pictures(run/'all.npy', 32*len(scenes.subjects()))
     vae, _ = train_vae(data, vae_steps, run, mixed_precision=mixed_precision, decay=True)
-    if not (out/'vae').exists(): save_checkpoint(out, vae=standardize(vae.cpu(), batch_of(data, range(0, len(data), 157))))
+    if not (out/'vae').exists():
+        save_checkpoint(out, vae=standardize(vae.cpu(), batch_of(data, range(0, len(data), 157))))
     pair, _ = train_clip(data, captions, tokenizer, clip_steps, run)
     save_checkpoint(out, pair=pair.cpu())
     from diffusers import AutoencoderKL
     from sdlearn.load import load_own
-    vae, text = AutoencoderKL.from_pretrained(out/'vae', use_safetensors=True).eval(), load_own(TextEncoder, out/'text_encoder').eval()
+    vae = AutoencoderKL.from_pretrained(out/'vae', use_safetensors=True).eval()
+    text = load_own(TextEncoder, out/'text_encoder').eval()
     everything, words = data, captions
     data, captions = pictures(run/f'first{n}.npy', 75*n, n, plain=.2)
     latents = cache_latents(vae, data, run/f'latents{n}.pt')
     emb, rows = cache_texts(text, tokenizer, captions)
-    if decoder_steps: save_checkpoint(out, vae=(vae := train_decoder(vae, data, latents, decoder_steps, run, mixed_precision=mixed_precision, decay=True)[0].cpu().eval()))
+    if decoder_steps:
+        save_checkpoint(out, vae=(vae := train_decoder(vae, data, latents, decoder_steps, run,
+                                                       mixed_precision=mixed_precision, decay=True)[0].cpu().eval()))
     if image_steps:
         soft = through_vae(vae, everything[:10*len(scenes.subjects())], run/'soft.npy')
-        pair, _ = train_image_encoder(pair, np.concatenate([soft, everything[len(soft):]]), words, tokenizer, len(scenes.subjects()), image_steps, run, decay=True)
+        pair, _ = train_image_encoder(pair, np.concatenate([soft, everything[len(soft):]]), words, tokenizer,
+                                      len(scenes.subjects()), image_steps, run, decay=True)
         save_checkpoint(out, pair=pair.cpu())
-    unet, _ = train_unet(latents, emb, rows, unet_steps, run, mixed_precision=mixed_precision, decay=True, preview_every=500, preview=lambda net, step: sheet(vae, net, emb, run/f'unet-{step:06}.png'))
+    unet, _ = train_unet(latents, emb, rows, unet_steps, run, mixed_precision=mixed_precision, decay=True,
+                         preview_every=500, preview=lambda net, step: sheet(vae, net, emb, run/f'unet-{step:06}.png'))
     save_checkpoint(out, unet=unet.cpu(), subjects=n)
     return out
 
 # %% ../nbs/63_pocket.ipynb #0f29bc88
 def main(argv=None):
     "python -m sdlearn.pocket train | evaluate | card"
-    p = argparse.ArgumentParser('sdlearn.pocket', description='Train, measure and describe the embedded checkpoint'); sub = p.add_subparsers(dest='do', required=True)
-    t = sub.add_parser('train', help='train from zero, or resume'); t.add_argument('--run', default='runs/pocket'); t.add_argument('--out', default='runs/pocket/checkpoint'); t.add_argument('--subjects', type=int, default=320)
-    for k, v in dict(vae=1300, clip=1000, unet=10000, decoder=5000, image=1700).items(): t.add_argument(f'--{k}-steps', type=int, default=v)
+    p = argparse.ArgumentParser('sdlearn.pocket', description='Train, measure and describe the embedded checkpoint')
+    sub = p.add_subparsers(dest='do', required=True)
+    t = sub.add_parser('train', help='train from zero, or resume')
+    t.add_argument('--run', default='runs/pocket'); t.add_argument('--out', default='runs/pocket/checkpoint')
+    t.add_argument('--subjects', type=int, default=320)
+    for k, v in dict(vae=1300, clip=1000, unet=10000, decoder=5000, image=1700).items():
+        t.add_argument(f'--{k}-steps', type=int, default=v)
     t.add_argument('--precision', default='bf16', choices=['no', 'bf16', 'fp16'])
-    e = sub.add_parser('evaluate', help='measure, and keep the numbers in pocket.json and the card'); e.add_argument('path', nargs='?'); e.add_argument('--limit', type=int); e.add_argument('--steps', type=int, default=30)
-    e.add_argument('--guidance', type=float); e.add_argument('--sampler', default='dpmpp_2m'); e.add_argument('--sheets'); e.add_argument('--keep', action='store_true', help='write the numbers into the checkpoint folder')
+    e = sub.add_parser('evaluate', help='measure, and keep the numbers in pocket.json and the card')
+    e.add_argument('path', nargs='?'); e.add_argument('--limit', type=int)
+    e.add_argument('--steps', type=int, default=30); e.add_argument('--guidance', type=float)
+    e.add_argument('--sampler', default='dpmpp_2m'); e.add_argument('--sheets')
+    e.add_argument('--keep', action='store_true', help='write the numbers into the checkpoint folder')
     sub.add_parser('card', help='write the model card again').add_argument('path', nargs='?')
     a = p.parse_args(argv)
-    if a.do=='train': print(train(a.run, a.out, a.subjects, a.vae_steps, a.clip_steps, a.unet_steps, a.precision, a.decoder_steps, a.image_steps))
+    if a.do=='evaluate' and a.keep and a.limit:
+        p.error('expected --keep without --limit: the card has the numbers of all subjects and pairs')
+    if a.do=='train':
+        print(train(a.run, a.out, a.subjects, a.vae_steps, a.clip_steps, a.unet_steps, a.precision,
+                    a.decoder_steps, a.image_steps))
     if a.do=='evaluate':
         m = evaluate(a.path, a.steps, a.guidance, a.sampler, a.limit, a.sheets); print(json.dumps(m, indent=1))
         if a.keep: update_facts(a.path, metrics=m); write_card(a.path)

@@ -82,8 +82,9 @@ def article(
     name:str,  # A noun, e.g. "otter"
 )->str:        # With its article, e.g. "an otter"; plurals and mass nouns stay as they are
     "a, an, or nothing"
-    if re.search(r'(?<![su])s$|fries|people|bread|fire$|snow|wood$|broccoli|popcorn|sushi|bacon|garlic|^the ', name) and 'camp' not in name: return name
-    return ('an ' if name[0].lower() in 'aeiou' and not re.match('uni|euro|one|ute', name.lower()) else 'a ')+name
+    alone = r'(?<![suo])s$|people|bread|^fire$|^honey$|wood$|broccoli|popcorn|sushi|bacon|garlic|^the ' # plural, or mass
+    if re.search(alone, name): return name
+    return ('an ' if re.match('(?!uni|euro|one|ute|ufo|ewe)[aeiou]|hour|honest', name.lower()) else 'a ')+name
 
 def check_scene(style, background):
     "Is there such a style and such a background?"
@@ -115,22 +116,38 @@ def _blobs(im, rng, n, color, size, y=(0, 1), tall=1): # soft ellipses, for clou
         d.ellipse((cx-r, cy-r*tall, cx+r, cy+r*tall), fill=color)
     return im
 
-def _beach(r): return _blobs(_gradient((0,(120,200,250)),(.4,(190,230,250)),(.42,(40,150,200)),(.6,(90,200,210)),(.64,(245,225,170)),(1,(230,200,140))), r, 3, (255,255,255), (5,9), (.05,.2), .5)
-def _snow(r): return _blobs(_gradient((0,(170,200,225)),(.55,(225,235,245)),(.6,(250,252,255)),(1,(215,228,242))), r, 14, (255,255,255), (1.5,3), (0,.6))
+def _beach(r):
+    return _blobs(_gradient((0,(120,200,250)),(.4,(190,230,250)),(.42,(40,150,200)),
+                            (.6,(90,200,210)),(.64,(245,225,170)),(1,(230,200,140))),
+                  r, 3, (255,255,255), (5,9), (.05,.2), .5)
+def _snow(r):
+    return _blobs(_gradient((0,(170,200,225)),(.55,(225,235,245)),(.6,(250,252,255)),(1,(215,228,242))),
+                  r, 14, (255,255,255), (1.5,3), (0,.6))
 def _forest(r):
     im = _gradient((0,(140,190,150)),(.5,(60,120,70)),(.7,(40,90,45)),(1,(70,60,35)))
     d = ImageDraw.Draw(im)
-    for x in np.arange(6, 128, 20)+r.uniform(-4, 4, 7)[:len(np.arange(6, 128, 20))]:
-        d.rectangle((x-2, 60, x+2, 100), fill=(75,50,30)); d.polygon(((x-13,78),(x,8),(x+13,78)), fill=(25,85+int(r.uniform(0,30)),45))
+    for x in np.arange(6, 128, 20)+r.uniform(-4, 4, 7):
+        d.rectangle((x-2, 60, x+2, 100), fill=(75,50,30))
+        d.polygon(((x-13,78),(x,8),(x+13,78)), fill=(25,85+int(r.uniform(0,30)),45))
     return im
-def _night(r): return _blobs(_blobs(_gradient((0,(8,10,45)),(.7,(30,35,95)),(1,(20,25,50))), r, 16, (240,240,255), (.8,1.8)), r, 1, (250,240,190), (9,10), (.1,.18))
-def _meadow(r): return _blobs(_gradient((0,(110,190,250)),(.45,(200,235,255)),(.5,(120,200,80)),(1,(50,140,50))), r, 12, (250,220,70), (1.5,2.5), (.6,1))
-def _desert(r): return _blobs(_gradient((0,(250,200,120)),(.5,(255,230,180)),(.53,(220,150,80)),(1,(190,110,50))), r, 1, (255,245,200), (10,11), (.12,.2))
-def _sunset(r): return _blobs(_gradient((0,(70,30,110)),(.35,(210,70,90)),(.6,(255,160,60)),(.64,(120,50,80)),(1,(40,20,60))), r, 1, (255,230,120), (14,15), (.5,.52))
+def _night(r):
+    return _blobs(_blobs(_gradient((0,(8,10,45)),(.7,(30,35,95)),(1,(20,25,50))), r, 16, (240,240,255), (.8,1.8)),
+                  r, 1, (250,240,190), (9,10), (.1,.18))
+def _meadow(r):
+    return _blobs(_gradient((0,(110,190,250)),(.45,(200,235,255)),(.5,(120,200,80)),(1,(50,140,50))),
+                  r, 12, (250,220,70), (1.5,2.5), (.6,1))
+def _desert(r):
+    return _blobs(_gradient((0,(250,200,120)),(.5,(255,230,180)),(.53,(220,150,80)),(1,(190,110,50))),
+                  r, 1, (255,245,200), (10,11), (.12,.2))
+def _sunset(r):
+    return _blobs(_gradient((0,(70,30,110)),(.35,(210,70,90)),(.6,(255,160,60)),(.64,(120,50,80)),(1,(40,20,60))),
+                  r, 1, (255,230,120), (14,15), (.5,.52))
 def _ocean(r): return _blobs(_gradient((0,(90,210,230)),(.5,(20,110,180)),(1,(5,35,95))), r, 10, (170,230,245), (1.5,4))
 
-_scenes = dict(beach=_beach, snow=_snow, forest=_forest, night=_night, meadow=_meadow, desert=_desert, sunset=_sunset, ocean=_ocean)
-_colors = dict(white=(255,255,255), red=(215,45,45), blue=(45,95,215), green=(50,160,75), yellow=(250,205,60), purple=(125,65,175))
+_scenes = dict(beach=_beach, snow=_snow, forest=_forest, night=_night,
+               meadow=_meadow, desert=_desert, sunset=_sunset, ocean=_ocean)
+_colors = dict(white=(255,255,255), red=(215,45,45), blue=(45,95,215),
+               green=(50,160,75), yellow=(250,205,60), purple=(125,65,175))
 
 def backdrop(
     background:str,  # A key of `backgrounds`
@@ -149,14 +166,16 @@ def _image(a): return Image.fromarray((a.clip(0, 1)*255).round().astype('uint8')
 def _texture(kind, side=128): # one fixed sheet of paper or canvas, so that it can be learned
     g = np.random.default_rng(0)
     if kind == 'paper': # soft stains
-        low = np.asarray(Image.fromarray((g.random((9, 9))*255).astype('uint8')).resize((side, side), Image.BICUBIC), np.float32)/255
+        low = np.asarray(Image.fromarray((g.random((9, 9))*255).astype('uint8'))
+                         .resize((side, side), Image.BICUBIC), np.float32)/255
         return low[..., None]
     y, x = np.mgrid[:side, :side]
     return (np.sin((x+y)*np.pi/4)*.5)[..., None].astype(np.float32) # diagonal brush strokes, 8 px apart
 
 def _watercolor(im): # pale washes with soft borders and a darker rim, on stained paper
     soft = im.filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(1))
-    rim = _array(ImageChops.difference(soft.convert('L'), soft.convert('L').filter(ImageFilter.GaussianBlur(3))))[..., None]
+    rim = _array(ImageChops.difference(soft.convert('L'),
+                                       soft.convert('L').filter(ImageFilter.GaussianBlur(3))))[..., None]
     wash = 1-(1-_array(soft))*(.45+.45*_texture('paper'))
     return _image(wash-1.1*rim*(1.1-_array(soft)))
 
@@ -166,16 +185,17 @@ def _oil(im): # flat dabs, strong colours, strokes in relief
     return _image(((grey+1.4*(a-grey))*.9+_texture('strokes')*.07)*np.array([1, .97, .88], np.float32))
 
 def _pencil(im): # colour dodge of the inverted blur: lines where brightness changes
-    g = _array(im.convert('L')); blur = _array(Image.fromarray((255*(1-g)).astype('uint8')).filter(ImageFilter.GaussianBlur(2.5)))
+    g = _array(im.convert('L'))
+    blur = _array(Image.fromarray((255*(1-g)).astype('uint8')).filter(ImageFilter.GaussianBlur(2.5)))
     line = (g/np.maximum(1-blur, .04)).clip(0, 1)**1.5
     tone = .80+.2*g
     return _image(np.repeat((line*tone)[..., None], 3, -1)*np.array([.98, .97, .94], np.float32))
 
-def _pixel(im): # 32x32 blocks and 6 shades per channel
-    small = im.resize((32, 32), Image.BOX)
-    return _image((_array(small)*5).round()/5).resize(im.size, Image.NEAREST)
+def _pixel(im): # 16x16 blocks, each under one latent
+    return im.resize((16, 16), Image.HAMMING).resize(im.size, Image.NEAREST)
 
-_ops = {'plain': lambda im: im, 'watercolor': _watercolor, 'oil painting': _oil, 'pencil sketch': _pencil, 'pixel art': _pixel}
+_ops = {'plain': lambda im: im, 'watercolor': _watercolor, 'oil painting': _oil,
+        'pencil sketch': _pencil, 'pixel art': _pixel}
 
 def stylize(
     im:Image.Image,  # RGB
@@ -216,13 +236,15 @@ def is_held_out(
     share:float=.1, # Share of (subject, style) and of (subject, background) pairs kept out of training
 )->bool:            # Never true of the plain picture on white
     "Is this scene kept out of training?"
-    return ((style!='plain' and _share(subject, style)<share) or (background!='white' and _share(subject, background)<share))
+    return ((style!='plain' and _share(subject, style)<share) or
+            (background!='white' and _share(subject, background)<share))
 
 def held_out(
     n:int=None,  # Only among the first `n` subjects
 )->list:         # (subject, style, background): a style on white, or plain before a background
     "The pairs kept out of all training"
-    pairs = [(s, st, 'white') for s in subjects(n) for st in styles]+[(s, 'plain', b) for s in subjects(n) for b in backgrounds]
+    pairs = ([(s, st, 'white') for s in subjects(n) for st in styles]+
+             [(s, 'plain', b) for s in subjects(n) for b in backgrounds])
     return [p for p in dict.fromkeys(pairs) if is_held_out(*p)]
 
 # %% ../nbs/60_scenes.ipynb #1838bebd
@@ -249,9 +271,11 @@ core_subjects = '''🐶puppy,dog,dog face|🐱cat,kitten,cat face|🐼panda,pand
 🏠house|🏰castle|🌋volcano|⛺tent|🚂train,steam train,locomotive|🚌bus|🚜tractor|🚒fire truck,fire engine|🚁helicopter|🛸flying saucer,ufo|⚽soccer ball,football|🏀basketball|🎈balloon|🎁gift,present,wrapped gift|🎄Christmas tree|⛄snowman
 👑crown|👟sneaker,running shoe|⏰alarm clock,clock|📷camera|💡light bulb|📚books|🎻violin|🥁drum|💎diamond,gem,gem stone|🤖robot|👻ghost|👽alien|💀skull|🎃pumpkin,jack-o-lantern|🌈rainbow|🌞sun,sun with face|🌙moon,crescent moon|⭐star'''
 look_alikes = set('🐕🐈🐅🐴🐄🐖🐇🐁🐲🐋🐒🦮🐣🐥🍏🌝🌚🌛🌜🌑🌒🌓🌔🌖🌗🌘🌕☀🌟✨🚄🚅🚃🚆🚇🚈🚉🚊🚝🚞🚋🚎🚐🚔🚖🚘🚍🌍🌎🌏🐪💮🕛🔉🔈🔇🔕🎶🔎🔒🔓🔏🔐📘📗📙📕📔📓🧡💛💚💙💜🤎🖤🤍💗💓💞💕💟♥💖🌥🌤🌨🌩🌧🌦⏳📂📆📄📃🗒🥈🥉📉📈💶💷💴📤📥📨⛷⚒🛫🛬🌄🌇🌃🌆☃🛥⛴👥☔⛱☂🌂📀💿')
-_skip = re.compile(r"skin tone|flag|keycap|arrow|button|\bmen\b|\bwomen\b|\bman\b|\bwoman\b|o’clock|thirty|square|circle|diamond$|triangle|: (red|curly|white) hair|: bald"
-                   r"|face|sign$|sign |symbol|index|\bhand|\bfist|\bno |^no|suit$|grinning|smiling| cat$|monkey$|person|people|kiss|couple|bubble$|question|exclamation|asterisk|mark$|"
-                   r"pointed|loop|heart$|hair$|bald|vertical|horizontal|middle finger|hundred|ZZZ|silhouette")
+_skip = re.compile(r"skin tone|flag|keycap|arrow|button|\bmen\b|\bwomen\b|\bman\b|\bwoman\b|o’clock|thirty|square"
+                   r"|circle|diamond$|triangle|: (red|curly|white) hair|: bald"
+                   r"|face|sign$|sign |symbol|index|\bhand|\bfist|\bno |^no|suit$|grinning|smiling| cat$|monkey$"
+                   r"|person|people|kiss|couple|bubble$|question|exclamation|asterisk|mark$"
+                   r"|pointed|loop|heart$|hair$|bald|vertical|horizontal|middle finger|hundred|ZZZ|silhouette")
 
 def atlas_entries(
     cldr:Path='/usr/share/unicode/cldr/common', # Unicode CLDR, with annotations/en.xml
@@ -259,20 +283,24 @@ def atlas_entries(
     "Choose the subjects and their names from CLDR's names and keywords"
     names, words = {}, {}
     for part in ('annotations', 'annotationsDerived'):
-        for char, tts, text in re.findall(r'<annotation cp="([^"]+)"( type="tts")?>([^<]*)<', (Path(cldr)/part/'en.xml').read_text()):
+        for char, tts, text in re.findall(r'<annotation cp="([^"]+)"( type="tts")?>([^<]*)<',
+                                          (Path(cldr)/part/'en.xml').read_text()):
             if tts: names[char] = html.unescape(text)
             else: words[char] = html.unescape(text).split(' | ')
-    core = [(e[:len(e)-len(e.lstrip(''.join(set(e)-set('abcdefghijklmnopqrstuvwxyzTCRX-, '))))], e) for e in core_subjects.replace('\n', '|').split('|')]
+    core = [(e[:len(e)-len(e.lstrip(''.join(set(e)-set('abcdefghijklmnopqrstuvwxyzTCRX-, '))))], e)
+            for e in core_subjects.replace('\n', '|').split('|')]
     core = [dict(char=c, names=e[len(c):].split(',')) for c, e in core]
     used = {n for e in core for n in e['names']}
     order = list(names); first, animals, signs = map(order.index, '😀🐵🏧')
     order = order[animals:signs]+[*'🪩🪷🪸🪹🪺🛝🛞🛟🫘🫙🧌']+order[first:animals] # things before faces and people
-    rest = [c for c in order if c not in {e['char'] for e in core}|look_alikes and not _skip.search(names[c]) and names[c] not in used]
+    rest = [c for c in order if c not in {e['char'] for e in core}|look_alikes
+            and not _skip.search(names[c]) and names[c] not in used]
     count = {}
     for c in rest:
         for w in set(words.get(c, [])): count[w] = count.get(w, 0)+1
     for c in rest:
-        extra = [w for w in words.get(c, []) if count[w]==1 and w not in used and re.fullmatch('[a-z][a-z -]{2,20}', w) and (w in names[c] or names[c] in w)]
+        extra = [w for w in words.get(c, []) if count[w]==1 and w not in used
+                 and re.fullmatch('[a-z][a-z -]{2,20}', w) and (w in names[c] or names[c] in w)]
         core.append(dict(char=c, names=list(dict.fromkeys([names[c]]+extra)))); used |= {names[c], *extra}
     return core
 
@@ -285,7 +313,9 @@ def make_atlas(
     "Render every subject once from the font; characters the font lacks are left out"
     face, pics, entries = ImageFont.truetype(str(font), 109), [], []
     def draw(char):
-        im = Image.new('RGBA', (300, 150)); ImageDraw.Draw(im).text((0, 10), char, font=face, embedded_color=True); return im
+        im = Image.new('RGBA', (300, 150))
+        ImageDraw.Draw(im).text((0, 10), char, font=face, embedded_color=True)
+        return im
     missing, seen = draw('\U0010ffff').tobytes(), set()
     for e in atlas_entries(cldr):
         im = draw(e['char'])

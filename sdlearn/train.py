@@ -51,7 +51,9 @@ def _resume(path, model, averaged, opt): # -> (first step, losses so far)
     if not (path and Path(path).exists()): return 0, []
     s = torch.load(path, map_location='cpu', weights_only=True)
     try: model.load_state_dict(s['model']); averaged.load_state_dict(s['averaged']); opt.load_state_dict(s['optimizer'])
-    except (KeyError, RuntimeError, ValueError) as e: raise ValueError(f"expected {path} to hold a state of this model, got another: {e}. Delete it, or choose another path.") from None
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise ValueError(f"expected {path} to hold a state of this model, got another: {e}. "
+                         "Delete it, or choose another path.") from None
     return s['step'], s['losses']
 
 @torch.no_grad()
@@ -80,19 +82,25 @@ def fit(
     from accelerate import Accelerator
     from tqdm.auto import tqdm
     acc, averaged = Accelerator(mixed_precision=mixed_precision), copy.deepcopy(model).requires_grad_(False)
-    opt = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, betas=(.9, .99), weight_decay=weight_decay)
+    opt = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
+                            lr=lr, betas=(.9, .99), weight_decay=weight_decay)
     start, losses = _resume(path, model, averaged, opt)
     (net, opt), averaged = acc.prepare(model, opt), averaged.to(acc.device)
     plain = acc.unwrap_model(net)
     def save(step): # the state before `step`
-        if path and acc.is_main_process: save_state(dict(model=plain.state_dict(), averaged=averaged.state_dict(), optimizer=opt.state_dict(), step=step, losses=losses), path)
-    last, bar = time.time(), tqdm(range(start, steps), initial=start, total=steps, disable=not (progress and acc.is_main_process))
+        if path and acc.is_main_process:
+            save_state(dict(model=plain.state_dict(), averaged=averaged.state_dict(), optimizer=opt.state_dict(),
+                            step=step, losses=losses), path)
+    last = time.time()
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not (progress and acc.is_main_process))
     for step in bar:
         for group in opt.param_groups: group['lr'] = lr*lr_factor(step, steps, warmup, decay)
         with acc.autocast(): loss = loss_fn(net, batch_rng(seed, step, acc.process_index))
         if not torch.isfinite(loss):
             save(step)
-            raise FloatingPointError(f"expected a finite loss, got {loss.item()} at step {step}. The weights from before this step are kept{f' in {path}' if path else ''}. Try a smaller learning rate.")
+            raise FloatingPointError(f"expected a finite loss, got {loss.item()} at step {step}. "
+                                     f"The weights from before this step are kept{f' in {path}' if path else ''}. "
+                                     "Try a smaller learning rate.")
         acc.backward(loss); acc.clip_grad_norm_(net.parameters(), 1.); opt.step(); opt.zero_grad()
         _average(averaged, plain, ema_decay(step, ema))
         losses.append(loss.item())
