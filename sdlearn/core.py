@@ -96,7 +96,7 @@ def show_figure(
 
 def show_images(
     images:list,       # PIL images, or arrays that matplotlib can show
-    titles:list=None,  # One per picture
+    titles=None,       # One per picture
     cols:int=None,     # Columns; at most 8 when missing
     size:float=1.2,    # Side of one picture in inches
     rows:list=None,    # Labels left of the rows
@@ -106,9 +106,9 @@ def show_images(
     import matplotlib.pyplot as plt
     from textwrap import fill
     images, cols = list(images), cols or min(len(images), 8)
-    n, titles = -(-len(images)//cols), [fill(t, max(5, int(size*14))) for t in titles or []] # as wide as their pictures
-    lines = max((t.count('\n')+1 for t in titles), default=0)
-    fig, axes = plt.subplots(n, cols, figsize=(cols*size, n*(size+.15*lines)), squeeze=False)
+    titles = [fill(str(t), max(5, int(size*14))) for t in ([] if titles is None else titles)] # as wide as the pictures
+    n, lines = -(-len(images)//cols), max((t.count('\n')+1 for t in titles), default=0)
+    fig, axes = plt.subplots(n, cols, figsize=(cols*size, n*(size+.13*lines+.1*bool(lines))), squeeze=False)
     for i, ax in enumerate(axes.flat):
         ax.set_xticks([]); ax.set_yticks([])
         if i>=len(images): ax.axis('off'); continue
