@@ -1,6 +1,7 @@
 __version__ = "0.1.0"
 
 _home = dict(load_sd='load', txt2img='pipeline', img2img='pipeline', inpaint='pipeline', generate_with_embs='pipeline')
+__all__ = [*_home]
 
 def __getattr__(name):
     "Names load on first use, so that `import sdlearn` is light"

@@ -322,7 +322,7 @@ def make_atlas(
         box = im.getbbox()
         if not box or box[2]>150 or im.tobytes()==missing or im.tobytes() in seen: continue
         seen.add(im.tobytes()); im = ImageOps.pad(im.crop(box), (cell, cell), Image.LANCZOS)
-        if np.asarray(im)[..., 3].max()==0 : continue
+        if np.asarray(im)[..., 3].max()==0: continue
         pics.append(im); entries.append(e)
     sheet = Image.new('RGBA', (cols*cell, -(-len(pics)//cols)*cell))
     for i, im in enumerate(pics): sheet.paste(im, (i%cols*cell, i//cols*cell))
