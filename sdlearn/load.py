@@ -36,8 +36,8 @@ def weights_file(
     best = sorted(found, key=lambda f: ('.fp16.' in f.name)!=(variant=='fp16'))
     if not best:
         pickles = [f.name for f in folder.glob('*') if f.suffix in ('.bin', '.ckpt', '.pt')]
-        found = f"only {', '.join(pickles)}, a pickle, which can run code when it is opened: it is refused"
-        raise ValueError(f"expected a .safetensors file in {folder}, found {found if pickles else 'none'}. "
+        only = f"only {', '.join(pickles)}, a pickle, which can run code when it is opened: it is refused"
+        raise ValueError(f"expected a .safetensors file in {folder}, found {only if pickles else 'none'}. "
                          "Get the safetensors version of this checkpoint.")
     try:
         with safe_open(best[0], 'pt') as f: f.keys()

@@ -195,6 +195,13 @@ def _fit(image, n, mode='RGB'): # PIL image(s) of any mode -> one of that mode f
     if len(sizes := {i.size for i in images})>1: raise ValueError(f"expected images of one size, got {sorted(sizes)}")
     return [i.convert(mode) for i in images]*(n//len(images))
 
+def _from_image(prompt, image, n, guidance_scale, strength, seed): # what image-to-image and inpainting begin with
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    check_inputs(prompts, n, guidance_scale, strength=strength)
+    images = _fit(image, len(prompts))
+    check_inputs(prompts, n, guidance_scale, *images[0].size[::-1])
+    return prompts, images, start_step(n, strength), _seeds(seed, len(prompts))
+
 @torch.no_grad()
 def img2img(
     sd, prompt,               # As in `txt2img`
@@ -204,10 +211,8 @@ def img2img(
     interval:tuple=(0., math.inf), on_step=None, progress:bool=True, # As in `txt2img`
 )->list:                      # PIL images, one per prompt
     "Image to image: the same loop, started later (SDEdit, Meng et al. 2021)"
-    prompts, n = [prompt] if isinstance(prompt, str) else list(prompt), num_inference_steps
-    check_inputs(prompts, n, guidance_scale, strength=strength)
-    images, first, seeds = _fit(image, len(prompts)), start_step(n, strength), _seeds(seed, len(prompts))
-    check_inputs(prompts, n, guidance_scale, *images[0].size[::-1])
+    n = num_inference_steps
+    prompts, images, first, seeds = _from_image(prompt, image, n, guidance_scale, strength, seed)
     images = images_to_tensor(images)
     latents, _, x = _encode_start(sd, images, sampler, n, min(first, n-1), seeds)
     if first>=n: return latents_to_pil(encode(sd.vae, images.to(sd.device, sd.dtype)), sd.vae)
@@ -225,14 +230,12 @@ def inpaint(
     interval:tuple=(0., math.inf), on_step=None, progress:bool=True, # As in `txt2img`
 )->list:                      # PIL images, one per prompt
     "Inpainting with any checkpoint: the same loop, with the kept part put back after each step"
-    prompts, n = [prompt] if isinstance(prompt, str) else list(prompt), num_inference_steps
-    check_inputs(prompts, n, guidance_scale, strength=strength)
-    images, masks = _fit(image, len(prompts)), _fit(mask, len(prompts), 'L')
+    n = num_inference_steps
+    prompts, images, first, seeds = _from_image(prompt, image, n, guidance_scale, strength, seed)
+    masks = _fit(mask, len(prompts), 'L')
     if masks[0].size!=images[0].size:
         raise ValueError(f"expected a mask of the image's size {images[0].size}, got {masks[0].size}. "
                          "Try mask.resize(image.size).")
-    first, seeds = start_step(n, strength), _seeds(seed, len(prompts))
-    check_inputs(prompts, n, guidance_scale, *images[0].size[::-1])
     latents, noise, x = _encode_start(sd, images_to_tensor(images), sampler, n, min(first, n-1), seeds)
     if first>=n: return latents_to_pil(latents.to(sd.dtype), sd.vae)
     holes = torch.stack([torch.from_numpy(np.array(m, dtype=np.float32))/255 for m in masks])[:, None].round()
