@@ -1,0 +1,1 @@
+"The idea, on digits: score, noise, autoencoder, contrast"
