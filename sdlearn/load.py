@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import nn
+from .schedule import Schedule, read_schedule
 from .tokenizer import Tokenizer, check_tokenizer
 from .text import TextEncoder, flat_keys
 from .vae import VAE
@@ -72,7 +73,7 @@ def find_checkpoint(
         raise ValueError("expected a folder or a hub name such as 'CompVis/stable-diffusion-v1-4', "
                          f"got {str(name)!r}, which is neither. Check the path.")
     from huggingface_hub import snapshot_download
-    wanted = [f'{p}/*{e}' for p in pieces for e in ('.json', '.txt', '.safetensors')]
+    wanted = [f'{p}/*{e}' for p in (*pieces, 'scheduler') for e in ('.json', '.txt', '.safetensors')]
     try:
         return check_folder(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=['*non_ema*']), variant)
     except ValueError: raise
@@ -114,6 +115,9 @@ def _load_theirs(folder, variant):
     return tokenizer, *nets
 
 # %% ../nbs/38_load.ipynb #09da00b7
+def _read(file): # a JSON file; nothing in it when it is not there
+    return json.loads(file.read_text(encoding='utf8')) if file.exists() else {}
+
 @dataclass
 class SD:
     "The pieces of a Stable Diffusion checkpoint"
@@ -123,6 +127,7 @@ class SD:
     unet:object          # `UNet2DConditionModel` or `UNet`
     path:Path            # The folder it came from
     guidance_scale:float=7.5 # What the checkpoint recommends: 7.5 for SD v1, less for pocket
+    schedule:Schedule=Schedule() # Its noise levels, and what its network predicts
 
     @property
     def device(self): return next(self.unet.parameters()).device
@@ -154,6 +159,6 @@ def load_sd(
     else: got = _load_theirs(folder, variant)
     check_tokenizer(got[0])
     for net in got[1:]: net.eval().requires_grad_(False)
-    note = folder/'pocket.json'
-    return SD(*got, folder,
-              json.loads(note.read_text(encoding='utf8')).get('guidance_scale', 7.5) if note.exists() else 7.5).to(device, dtype)
+    scale = _read(folder/'pocket.json').get('guidance_scale', 7.5)
+    schedule = read_schedule(_read(folder/'scheduler'/'scheduler_config.json'))
+    return SD(*got, folder, scale, schedule).to(device, dtype)
