@@ -32,7 +32,8 @@ def attention_patterns(
 
 # %% ../nbs/32_attention.ipynb #211a7158
 class KeepMaps:
-    "An attention processor of diffusers (what its modules call to attend) that keeps the weights given to each word"
+    """An attention processor of diffusers (what its modules call to attend)
+    that keeps the weights given to each word"""
     def __init__(self,
         maps:dict, # Gets name -> (B,heads,N,77)
         name:str,  # Of the layer
@@ -40,8 +41,9 @@ class KeepMaps:
         self.maps = maps
         self.name = name
     def __call__(self, attn, hidden_states, encoder_hidden_states, **kw):
-        q, k, v = (attn.head_to_batch_dim(x) for x in (
-            attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)))
+        q = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        k = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        v = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
         weights = attn.get_attention_scores(q, k)
         self.maps[self.name] = weights.unflatten(0, (-1, attn.heads))
         return attn.to_out[0](attn.batch_to_head_dim(weights@v))
@@ -67,7 +69,8 @@ def attention_maps(
     t,                      # Timestep
     text_embeddings:Tensor, # (B,77,D)
 )->dict:                    # Layer name -> (B,heads,places,77), each row summing to 1
-    "How much each place of the picture looks at each word, in every cross-attention (Hertz et al. 2022)"
+    """How much each place of the picture looks at each word,
+    in every cross-attention (Hertz et al. 2022)"""
     unet = getattr(unet, 'unet', unet)
     maps = {}
     catch = _maps_of_theirs if hasattr(unet, 'attn_processors') else _maps_of_ours
@@ -81,9 +84,9 @@ def token_places(
     word:str,   # A word or phrase in it
 )->list:        # Its places among the 77 tokens
     "Where a word stands in a prompt; one that is not in it raises with the tokens that are"
-    ids, wanted = ([i for i in row if i!=row[-1]][1:]
-                   for row in tokenizer([prompt, word], padding='max_length', truncation=True, max_length=77,
-                                        return_tensors='pt').input_ids.tolist())
+    rows = tokenizer([prompt, word], padding='max_length', truncation=True, max_length=77,
+                     return_tensors='pt').input_ids.tolist()
+    ids, wanted = ([i for i in row if i!=row[-1]][1:] for row in rows)
     hits = [i for i in range(len(ids)-len(wanted)+1) if wanted and ids[i:i+len(wanted)]==wanted]
     if not hits:
         raise ValueError(f"expected a word of the prompt, got {word!r}; "

@@ -16,25 +16,30 @@ from torch.nn import functional as F
 
 # %% ../nbs/36_guidance.ipynb #4bfa5b10
 def check_scale(
-    scale,                       # What somebody asked for; a tensor passes, reading it would make a GPU wait
-    name:str='guidance_scale',   # For the message
+    # What somebody asked for; a tensor passes, reading it would make a GPU wait
+    scale,
+    name:str='guidance_scale',         # For the message
     cure:str='1 is off, 7.5 is usual', # For the message
 ):
     "One place for the complaint about scales; gives the scale back"
-    if not isinstance(scale, Tensor) and not (isinstance(scale, Real) and math.isfinite(scale) and scale>=0):
+    if isinstance(scale, Tensor): return scale
+    if not (isinstance(scale, Real) and math.isfinite(scale) and scale>=0):
         raise ValueError(f"expected a finite {name} of 0 or more, got {scale!r}; {cure}.")
     return scale
 
 def cfg(
-    noise_pred_uncond:Tensor, # Noise predicted without the prompt, or for the negative prompt; any shape
-    noise_pred_text:Tensor,   # Noise predicted for the prompt, same shape
-    # 0: the unconditional answer, 1: the prompt's, more: beyond it. A number, or a tensor that broadcasts
+    # Noise predicted without the prompt, or for the negative prompt; any shape
+    noise_pred_uncond:Tensor,
+    noise_pred_text:Tensor, # Noise predicted for the prompt, same shape
+    # 0: the unconditional answer, 1: the prompt's, more: beyond it.
+    # A number, or a tensor that broadcasts
     guidance_scale,
-)->Tensor:                    # Guided noise prediction, same shape
+)->Tensor:                  # Guided noise prediction, same shape
     "Classifier-free guidance (Ho & Salimans 2022, eq. 6, with their w = guidance_scale-1)"
     if noise_pred_uncond.shape!=noise_pred_text.shape:
-        raise ValueError(f"expected two noise predictions of one shape, got {tuple(noise_pred_uncond.shape)} "
-                         f"and {tuple(noise_pred_text.shape)}. Predict both for the same x.")
+        raise ValueError("expected two noise predictions of one shape, "
+                         f"got {tuple(noise_pred_uncond.shape)} and "
+                         f"{tuple(noise_pred_text.shape)}. Predict both for the same x.")
     return noise_pred_uncond+check_scale(guidance_scale)*(noise_pred_text-noise_pred_uncond)
 
 # %% ../nbs/36_guidance.ipynb #7f26a2ab
@@ -77,12 +82,13 @@ def clip_loss(
     "1 - cosine similarity of pictures and a text (CLIP guidance: Crowson 2021)"
     found = image_encoder(images*2-1)
     if found.shape[-1]!=text_vector.shape[-1]:
-        raise ValueError(f"expected a text vector of length {found.shape[-1]}, got {text_vector.shape[-1]}. "
-                         "Take both encoders from the same CLIP.")
+        raise ValueError(f"expected a text vector of length {found.shape[-1]}, "
+                         f"got {text_vector.shape[-1]}. Take both encoders from the same CLIP.")
     return (1-F.cosine_similarity(found, text_vector.to(found), dim=-1)).mean()
 
 # %% ../nbs/36_guidance.ipynb #1befc60a
-# a loss is a mean over many pixels: without this factor half precision would round its gradient to zero
+# a loss is a mean over many pixels:
+# without this factor half precision would round its gradient to zero
 GRAD_ROOM = 2.**10
 
 def check_loss(
@@ -95,8 +101,8 @@ def check_loss(
                          "Stay in torch all the way from the pictures: "
                          "no PIL, numpy, .item(), .detach() or torch.no_grad().")
     if loss.ndim:
-        raise ValueError(f"expected one number from the loss, got a tensor of shape {tuple(loss.shape)}. "
-                         "End it with .mean().")
+        raise ValueError("expected one number from the loss, "
+                         f"got a tensor of shape {tuple(loss.shape)}. End it with .mean().")
     if not torch.isfinite(loss):
         raise ValueError(f"expected a finite loss, got {loss.item()} at sigma={sigma:.4f}. "
                          "Look at the latents there, or lower the scale.")
@@ -104,13 +110,15 @@ def check_loss(
 
 def loss_gradient(
     loss_fn:Callable,     # Pictures (B,3,H,W) in 0..1 -> scalar, a mean over the pictures
-    decode_fn:Callable,   # Latents -> pictures (B,3,H,W) in -1..1, differentiable; e.g. partial(decode, vae)
+    # Latents -> pictures (B,3,H,W) in -1..1, differentiable; e.g. partial(decode, vae)
+    decode_fn:Callable,
     x:Tensor,             # Noisy latents (B,4,h,w)
     sigma:float,          # Their noise std
     eps:Tensor=None,      # Noise predicted for x, taken as constant; used when there is no `eps_fn`
-    eps_fn:Callable=None, # eps_fn(x, sigma, t): the gradient goes through this, that is, through the UNet
+    # eps_fn(x, sigma, t): the gradient goes through this, that is, through the UNet
+    eps_fn:Callable=None,
     t=None,               # Timestep, for `eps_fn`
-)->tuple:                 # Loss (scalar), its gradient for each picture (shape of x), predicted noise (shape of x)
+)->tuple: # Loss (scalar), its gradient for each picture (shape of x), predicted noise (shape of x)
     "Loss of the predicted picture x0 = x - sigma*eps, and its gradient with respect to x"
     if eps_fn is None and (eps is None or eps.shape!=x.shape):
         raise ValueError(f"expected eps of the shape of x, {tuple(x.shape)}, "
@@ -131,9 +139,11 @@ class LossGuide:
     def __init__(self,
         loss_fn:Callable,     # Pictures (B,3,H,W) in 0..1 -> scalar, a mean over the pictures
         decode_fn:Callable,   # Latents -> pictures (B,3,H,W) in -1..1; e.g. partial(decode, vae)
-        # Size of the push, 0 is off; with a mean over pixels, 4 times the pixels need 4 times the scale
+        # Size of the push, 0 is off;
+        # with a mean over pixels, 4 times the pixels need 4 times the scale
         scale:float,
-        eps_fn:Callable=None, # Given: the gradient goes through it, at the price of asking the UNet again
+        # Given: the gradient goes through it, at the price of asking the UNet again
+        eps_fn:Callable=None,
         every:int=1,          # Push after every so many model calls
         interval:tuple=(0., math.inf), # Push only while sigma is within
     ):
@@ -148,7 +158,8 @@ class LossGuide:
         step, # A `Step` of the sampler; its `x_next` is changed
     ):
         if step.i%self.every or not self.interval[0]<=step.sigma<=self.interval[1]: return
-        loss, grad, _ = loss_gradient(self.loss_fn, self.decode_fn, step.x, step.sigma, step.eps, self.eps_fn, step.t)
+        loss, grad, _ = loss_gradient(self.loss_fn, self.decode_fn, step.x, step.sigma, step.eps,
+                                      self.eps_fn, step.t)
         self.losses.append((step.i, loss.item()))
         step.x_next = step.x_next-self.scale*step.sigma**2*grad
 
@@ -158,9 +169,11 @@ def loss_guided(
     loss_fn:Callable,         # Pictures (B,3,H,W) in 0..1 -> scalar, a mean over the pictures
     decode_fn:Callable,       # Latents -> pictures (B,3,H,W) in -1..1
     scale:float,              # Size of the push, 0 is off
-    through_unet:bool=False,  # Let the gradient go through `eps_fn`; here the UNet need not be asked again
+    # Let the gradient go through `eps_fn`; here the UNet need not be asked again
+    through_unet:bool=False,
 )->Callable:                  # A new eps_fn
-    "Loss guidance of the predicted noise (Dhariwal & Nichol 2021, algorithm 2; through the UNet: Chung et al. 2022)"
+    """Loss guidance of the predicted noise
+    (Dhariwal & Nichol 2021, algorithm 2; through the UNet: Chung et al. 2022)"""
     check_scale(scale, 'scale', '0 is off')
     def guided(x, sigma, t):
         how = dict(eps_fn=eps_fn, t=t) if through_unet else dict(eps=eps_fn(x, sigma, t))
