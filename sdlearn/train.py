@@ -198,17 +198,20 @@ def _code_mark(code): # what a function does, without the names of files
     inner = [c if not isinstance(c, CodeType) else _code_mark(c) for c in code.co_consts]
     return hashlib.sha256(repr((code.co_code, code.co_names, inner)).encode()).hexdigest()[:12]
 
+def _mark(x):
+    if isinstance(x, (torch.Tensor, np.ndarray)): return _tensor_mark(x)
+    if isinstance(x, (list, tuple)): return [_mark(v) for v in x]
+    if isinstance(x, dict): return {k: _mark(v) for k, v in x.items()}
+    if isinstance(x, partial): return _mark([x.func, x.args, x.keywords])
+    if isinstance(x, FunctionType): return [_code_mark(x.__code__), _mark(_held(x))]
+    if isinstance(x, (int, float, str, type(None))): return x
+    return type(x).__name__
+
 def fingerprint(
     x,      # A loss function; or what it holds: tensors, arrays, numbers, strings, containers
-)->str:     # Changes with the code and with the data it holds; not with weights being trained
+)->str:     # 12 letters that change with code and data, but not with networks: those are trained
     "What a loss computes, and from which data"
-    if isinstance(x, (torch.Tensor, np.ndarray)): return _tensor_mark(x)
-    if isinstance(x, (list, tuple)): return f"[{', '.join(fingerprint(v) for v in x)}]"
-    if isinstance(x, dict): return f"{{{', '.join(f'{k}: {fingerprint(v)}' for k, v in x.items())}}}"
-    if isinstance(x, partial): return fingerprint([x.func, x.args, x.keywords])
-    if isinstance(x, FunctionType): return _code_mark(x.__code__)+fingerprint(_held(x))
-    if isinstance(x, (int, float, str, bool, type(None))): return repr(x)
-    return type(x).__name__
+    return hashlib.sha256(repr(_mark(x)).encode()).hexdigest()[:12]
 
 def _held(fn): # what a function finds outside itself: closed over, by default, or global data
     cells = [c.cell_contents for c in fn.__closure__ or ()]
@@ -254,10 +257,10 @@ def fit(
     params = trained(model.to(here.device))
     # with a decaying learning rate, another number of steps is another training
     length = dict(steps=steps) if settings.get('decay') else {}
-    mark = dict(loss=fingerprint(loss_fn), seed=seed, **settings, **length)
+    mark = dict(loss_and_data=fingerprint(loss_fn), seed=seed, **settings, **length)
     with one_writer(path if here.is_main_process else None):
         state, losses = _go_on(path, mark, steps)
-        if state and state['step']==steps: _put(params, state['averaged'])
+        averaged = state['averaged'] if state else {}
         stream = train_steps(partial(loss_fn, model), params, steps, seed, state=state, **settings)
         bar = tqdm(stream, initial=len(losses), total=steps,
                    disable=not (progress and here.is_main_process))
@@ -265,14 +268,15 @@ def fit(
         for step in bar:
             if not step.good: _stop(step, path)
             losses.append(step.loss)
+            averaged = step.averaged
             if step.i%20==0: bar.set_postfix(loss=f'{np.mean(losses[-100:]):.4f}')
             if preview and preview_every and (step.i+1)%preview_every==0:
-                with averaged_weights(params, step.averaged): preview(model, step.i+1)
+                with averaged_weights(params, averaged): preview(model, step.i+1)
             due = step.i+1==steps or time.time()-last>save_every
             if path and due and here.is_main_process:
                 save_state(step.state()|dict(losses=losses, mark=mark), path)
                 last = time.time()
-            if step.i+1==steps: _put(params, step.averaged)
+    if averaged: _put(params, averaged)
     return losses
 
 @torch.no_grad()

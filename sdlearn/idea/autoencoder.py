@@ -8,6 +8,7 @@ __all__ = ['compression', 'AutoEncoder', 'psnr', 'sample_latents', 'kl', 'vae_lo
 # %% ../../nbs/24_autoencoder.ipynb #644eb4c5
 import torch
 from torch import nn
+from ..core import noise_like
 
 # %% ../../nbs/24_autoencoder.ipynb #abb6bf53
 def compression(
@@ -63,12 +64,12 @@ def psnr(
 
 # %% ../../nbs/24_autoencoder.ipynb #7abc1ca8
 def sample_latents(
-    mean:torch.Tensor,              # From `encode`
-    log_var:torch.Tensor,           # From `encode`
-    generator:torch.Generator=None, # On the CPU
-)->torch.Tensor:                    # Same shape
-    "A random point of the cloud, with a gradient to both arguments (Kingma & Welling 2014, sec. 2.4)"
-    return mean+(log_var/2).exp()*torch.randn(mean.shape, generator=generator).to(mean)
+    mean:torch.Tensor,    # From `encode`
+    log_var:torch.Tensor, # From `encode`
+    generator=None,       # torch.Generator, or a list with one per picture
+)->torch.Tensor:          # Same shape
+    "A random point of the cloud, with a gradient to both arguments (Kingma & Welling 2014)"
+    return mean+(log_var/2).exp()*noise_like(mean, generator)
 
 def kl(
     mean:torch.Tensor,    # Of a normal distribution

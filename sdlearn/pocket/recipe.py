@@ -4,130 +4,177 @@
 
 # %% auto #0
 __all__ = ['vae_config', 'text_config', 'unet_config', 'scheduler_config', 'model_index', 'pictures', 'batch_of', 'edges',
-           'picture_loss', 'VAELoss', 'train_vae', 'standardize', 'Pair', 'token_ids', 'pair_loss', 'train_clip',
-           'cache_latents', 'cache_texts', 'snr_weight', 'train_unet', 'save_checkpoint', 'train_decoder',
-           'through_vae', 'train_image_encoder', 'sheet', 'train']
+           'patch_colour', 'picture_loss', 'VAELoss', 'vae_batch', 'train_vae', 'standardize', 'Pair', 'token_ids',
+           'pair_loss', 'train_clip', 'cache_latents', 'cache_texts', 'snr_weight', 'unet_batch', 'train_unet',
+           'save_checkpoint', 'Decode', 'decoder_batch', 'train_decoder', 'through_vae', 'scenes_alike',
+           'train_image_encoder', 'sheet', 'Recipe', 'check_recipe', 'train']
 
 # %% ../../nbs/64_recipe.ipynb #db3ed354
-import json
+import json, os, shutil
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from torch.nn import functional as F
-from . import scenes
+from ..core import image_grid, seeded_noise, tensor_to_images
+from ..denoiser import noise_loss, noise_predictor, predict_noise
+from ..idea.autoencoder import kl, sample_latents
 from ..idea.contrast import ImageEncoder, contrastive_loss
-from ..core import image_grid, tensor_to_images
+from ..load import pocket_path
+from . import scenes
 from .card import update_facts
 from .scenes import render, scene
-from ..schedule import alphas_cumprod, random_timesteps
-from ..text import TextEncoder, encode_tokens, nested_keys
+from ..sample import make_plan, sample
+from ..schedule import random_timesteps, sigma_at
+from ..text import encode_tokens, nested_keys
 from ..tokenizer import Tokenizer
-from ..train import fit
+from ..train import fingerprint, fit, load_state, save_state
 from ..vae import decode, encode, scaling_factor
 
 # %% ../../nbs/64_recipe.ipynb #b43043db
-def pictures(
-    path,         # .npy file, made when it is not there, with its captions beside it in .json
-    count:int,    # How many
-    n:int=None,   # Of the first `n` subjects
-    side:int=128, # Pixels
-    plain:float=.35, # Share of plain pictures on white
-)->tuple:         # (uint8 array (count,side,side,3) mapped from disk, list of captions)
-    "The training set: scenes rendered once"
+def _write_json(path, content): # whole or not at all
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.tmp')
+    part.write_text(json.dumps(content, indent=2)+'\n', encoding='utf8')
+    os.replace(part, path)
+
+def _write_array(path, shape, fill, mark): # an .npy file, whole or not at all; `mark` beside it
     from tqdm.auto import tqdm
-    path = Path(path)
-    if not path.with_suffix('.json').exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        out, captions = np.lib.format.open_memmap(path, 'w+', np.uint8, (count, side, side, 3)), []
-        for i in tqdm(range(count), desc='rendering', disable=count<999):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.part')
+    out = np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
+    fill(out, lambda steps, what: tqdm(steps, desc=what, disable=len(out)<999))
+    out.flush()
+    os.replace(part, path)
+    _write_json(path.with_suffix('.json'), mark)
+
+def _read_array(path, mark): # what `_write_array` left there, if it is what `mark` says
+    if not path.with_suffix('.json').exists(): return None
+    said = json.loads(path.with_suffix('.json').read_text(encoding='utf8'))
+    if odd := [k for k, v in mark.items() if said.get(k)!=v]:
+        raise ValueError(f"expected {path} to hold what is asked for, but it was made with "
+                         f"{', '.join(f'{k} {said.get(k)!r}, not {mark[k]!r}' for k in odd)}. "
+                         "Delete it, or choose another path.")
+    return np.load(path, mmap_mode='r'), said
+
+def pictures(
+    path,            # .npy file, made when it is not there, with its captions beside it in .json
+    count:int,       # How many
+    n:int=None,      # Of the first `n` subjects
+    side:int=128,    # Pixels
+    plain:float=.35, # Share of plain pictures on white
+)->tuple:            # (uint8 array (count,side,side,3) mapped from disk, list of captions)
+    "The training set: scenes rendered once"
+    path, mark, captions = Path(path), dict(count=count, n=n, side=side, plain=plain), []
+    def fill(out, bar):
+        for i in bar(range(count), 'rendering'):
             im, text = render(*scene(i, n, plain), seed=i, side=side)
-            out[i] = np.asarray(im); captions.append(text)
-        out.flush(); path.with_suffix('.json').write_text(json.dumps(captions), encoding='utf8')
-    return np.load(path, mmap_mode='r'), json.loads(path.with_suffix('.json').read_text(encoding='utf8'))
+            out[i] = np.asarray(im)
+            captions.append(text)
+    if (found := _read_array(path, mark)) is None:
+        _write_array(path, (count, side, side, 3), fill, mark|dict(captions=captions))
+        found = _read_array(path, mark)
+    return found[0], found[1]['captions']
 
 def batch_of(
     data:np.ndarray, # uint8 (N,H,W,3)
     idx,             # Indices
-    crop=None,       # Side of a random crop
+    crop:int=None,   # Side of a random crop
     rng=None,        # torch Generator for the crop
-    device='cpu',
-)->torch.Tensor:     # (B,3,H,W) in -1..1
+    device='cpu',    # Where the result goes
+)->torch.Tensor:     # (B,3,H,W) in -1..1, in the order of `idx`
     "Pictures as a float batch"
-    x = (torch.from_numpy(np.ascontiguousarray(data[np.sort(np.asarray(idx))]))
-         .permute(0, 3, 1, 2).to(device).float()/127.5-1)
+    x = torch.from_numpy(np.ascontiguousarray(data[np.asarray(idx)]))
+    x = x.permute(0, 3, 1, 2).to(device).float()/127.5-1
     if crop is None: return x
     top, left = torch.randint(0, x.shape[-1]-crop+1, (2,), generator=rng).tolist()
     return x[..., top:top+crop, left:left+crop].contiguous()
 
 # %% ../../nbs/64_recipe.ipynb #5f1a95fc
-vae_config = dict(block_out_channels=(32,64,96,128), down_block_types=('DownEncoderBlock2D',)*4,
-                  up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=1, latent_channels=4,
+vae_config = dict(block_out_channels=(32,64,96,128), layers_per_block=1, latent_channels=4,
+                  down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
                   norm_num_groups=32, sample_size=128, scaling_factor=scaling_factor)
 
-def edges(x): return torch.cat([(x[..., 1:, :]-x[..., :-1, :]).flatten(1), (x[..., 1:]-x[..., :-1]).flatten(1)], 1)
+def edges(x): # differences of neighbours, down and across
+    down, across = x[..., 1:, :]-x[..., :-1, :], x[..., 1:]-x[..., :-1]
+    return torch.cat([down.flatten(1), across.flatten(1)], 1)
+
+def patch_colour(x): return F.avg_pool2d(x, 8) # the mean of what lies under one latent
 
 def picture_loss(
     y:torch.Tensor, # (B,3,H,W), what came back
     x:torch.Tensor, # (B,3,H,W), what should have
-)->torch.Tensor:
-    "Absolute and squared error, edges, and the colour of every 8x8 patch, which would otherwise be learned last"
-    return (F.l1_loss(y, x)+4*F.mse_loss(y, x)+F.l1_loss(edges(y), edges(x))
-            +10*F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)))
+)->torch.Tensor:    # Scalar
+    "Absolute and squared error, edges, and patch colours, which would be learned last otherwise"
+    plain = F.l1_loss(y, x)+4*F.mse_loss(y, x)+F.l1_loss(edges(y), edges(x))
+    return plain+10*F.mse_loss(patch_colour(y), patch_colour(x))
 
 class VAELoss(nn.Module):
-    "The autoencoder and its loss in one forward, so that Accelerate can wrap it"
+    "The autoencoder and its loss; `color` reads colours off the latents and is thrown away"
     def __init__(self,
-        vae,           # diffusers' AutoencoderKL
-        kl:float=1e-4, # Weight of the KL term, per latent number
+        vae,                  # diffusers' AutoencoderKL
+        kl_weight:float=1e-4, # Weight of the KL term, per latent number
     ):
         super().__init__()
-        self.vae, self.kl, self.color = vae, kl, nn.Conv2d(4, 3, 1)
-        # `color` reads the colour of a patch off its latents; it is thrown away at the end
+        self.vae = vae
+        self.kl_weight = kl_weight
+        self.color = nn.Conv2d(4, 3, 1)
     def forward(self, x, g):
         mean, logvar = self.vae.quant_conv(self.vae.encoder(x)).float().chunk(2, 1)
         logvar = logvar.clamp(-30, 20)
-        z = mean+(logvar/2).exp()*torch.randn(mean.shape, generator=g).to(mean)
+        z = sample_latents(mean, logvar, g)
         y = self.vae.decoder(self.vae.post_quant_conv(z)).float()
-        prior = (mean**2+logvar.exp()-1-logvar).mean()/2 # KL to a standard normal
-        return picture_loss(y, x)+8*F.mse_loss(self.color(z).float(), F.avg_pool2d(x, 8))+self.kl*prior
+        color = F.mse_loss(self.color(z).float(), patch_colour(x))
+        return picture_loss(y, x)+8*color+self.kl_weight*kl(mean, logvar).mean()
 
-def train_vae(
-    data,            # uint8 pictures (N,128,128,3)
-    steps:int,       # Optimiser steps
-    run='runs/pocket', # Where the state is kept
-    bs:int=32,       # Crops in a batch; a quarter as many whole pictures
-    lr:float=8e-4,
-    **kw,            # To `fit`
-):                   # AutoencoderKL, not yet scaled
-    "Autoencoder on crops of 64 px, every third batch on whole pictures"
-    from diffusers import AutoencoderKL
-    torch.manual_seed(0)
-    net = VAELoss(AutoencoderKL(**vae_config))
+def _device(net): return next(net.parameters()).device
+
+def vae_batch(
+    data,       # uint8 pictures (N,128,128,3)
+    bs:int=32,  # Crops in a batch; a quarter as many whole pictures
+):              # loss_fn(net, generator) for `fit`, net a `VAELoss`
+    "Crops of 64 px, every third batch whole pictures"
     def loss(net, g):
         whole = torch.rand((), generator=g)<.33
         idx = torch.randint(len(data), (bs//4 if whole else bs,), generator=g)
-        return net(batch_of(data, idx, None if whole else 64, g, next(net.parameters()).device), g)
-    losses = fit(net, loss, steps, lr=lr, path=Path(run)/'vae.pt', **kw)
+        return net(batch_of(data, idx, None if whole else 64, g, _device(net)), g)
+    return loss
+
+def train_vae(
+    data,        # uint8 pictures (N,128,128,3)
+    steps:int,   # Optimiser steps
+    path=None,   # Where the state is kept
+    bs:int=32,   # Crops in a batch
+    **kw,        # To `fit`
+):               # AutoencoderKL, not yet scaled; losses
+    "Train the autoencoder"
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    net = VAELoss(AutoencoderKL(**vae_config))
+    losses = fit(net, vae_batch(data, bs), steps, path, **dict(lr=8e-4)|kw)
     return net.vae.eval(), losses
 
 # %% ../../nbs/64_recipe.ipynb #771b0485
 @torch.no_grad()
 def standardize(
-    vae,     # AutoencoderKL; its quant convolutions are changed in place
+    vae,            # AutoencoderKL; its quant convolutions are changed in place
     x:torch.Tensor, # (B,3,H,W) pictures to measure on
 ):
-    "Fold mean and scale of each latent channel into the quant convolutions: latents*0.18215 get mean 0 and std 1"
+    "Fold mean and scale of each latent channel into the quant convolutions: std 1 at 0.18215"
     mean = vae.encode(x).latent_dist.mean
     mu, k = mean.mean((0, 2, 3)), 1/scaling_factor/mean.std((0, 2, 3))
     q, p = vae.quant_conv, vae.post_quant_conv
-    p.bias += p.weight[:, :, 0, 0]@mu; p.weight /= k[None, :, None, None]
-    q.weight[:4] *= k[:, None, None, None]; q.bias[:4] = (q.bias[:4]-mu)*k; q.bias[4:] += 2*k.log()
+    p.bias += p.weight[:, :, 0, 0]@mu
+    p.weight /= k[None, :, None, None]
+    q.weight[:4] *= k[:, None, None, None]
+    q.bias[:4] = (q.bias[:4]-mu)*k
+    q.bias[4:] += 2*k.log()
     return vae
 
 # %% ../../nbs/64_recipe.ipynb #3632d1cf
 text_config = dict(vocab_size=49408, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-                   num_attention_heads=4, max_position_embeddings=77, hidden_act='quick_gelu', projection_dim=128,
-                   bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
+                   num_attention_heads=4, max_position_embeddings=77, hidden_act='quick_gelu',
+                   projection_dim=128, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
 
 class Pair(nn.Module):
     "Text encoder and image encoder with a learned temperature"
@@ -135,74 +182,84 @@ class Pair(nn.Module):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
         self.text = CLIPTextModelWithProjection(CLIPTextConfig(**text_config))
-        self.image, self.scale = ImageEncoder(text_config['projection_dim']), nn.Parameter(torch.tensor(20.).log())
+        self.image = ImageEncoder(text_config['projection_dim'])
+        self.scale = nn.Parameter(torch.tensor(20.).log())
     def forward(self, x, ids):
         t = F.normalize(self.text(ids).text_embeds.float(), dim=-1)
         return contrastive_loss(self.image(x).float(), t, self.scale.clamp(max=4.6).exp())
 
 def token_ids(tokenizer, texts, pad=True):
-    "(B,77) ids; without `pad` only as wide as the longest text, which a causal encoder cannot tell apart"
-    return tokenizer(texts, padding='max_length' if pad else True, truncation=True, max_length=77,
-                     return_tensors='pt').input_ids
+    "(B,77) ids; without `pad` as wide as the longest text, which a causal encoder cannot tell apart"
+    ids = tokenizer(texts, padding='max_length' if pad else True, truncation=True, max_length=77,
+                    return_tensors='pt')
+    return ids.input_ids
 
 def pair_loss(data, captions, tokenizer, pick):
     "For `fit`: the contrastive loss of the pictures that `pick(generator)` chooses"
     ids = token_ids(tokenizer, captions, False)
     def loss(net, g):
-        idx, dev = pick(g).sort().values, next(net.parameters()).device
-        return net(batch_of(data, idx, device=dev), ids[idx].to(dev))
+        idx, device = pick(g).sort().values, _device(net)
+        return net(batch_of(data, idx, device=device), ids[idx].to(device))
     return loss
 
 def train_clip(
     data, captions:list, tokenizer, # Pictures (N,S,S,3), their captions
     steps:int,        # Optimiser steps
-    run='runs/pocket',
-    bs:int=160,
-    lr:float=1e-3, **kw):
-    "Train both encoders on pictures and captions"
+    path=None,        # Where the state is kept
+    bs:int=160,       # Pairs in a batch
+    **kw,             # To `fit`
+):                    # A `Pair`, losses
+    "Train both encoders on pictures and captions; words never seen stay at zero"
     torch.manual_seed(0)
     pair = Pair()
-    with torch.no_grad():
-        emb, used = pair.text.get_input_embeddings().weight, token_ids(tokenizer, captions, False).unique()
-        keep = torch.zeros(len(emb), 1); keep[used] = 1
-        emb.mul_(keep*10) # std .02 -> .2; words never seen stay at zero
-    loss = pair_loss(data, captions, tokenizer, lambda g: torch.randint(len(data), (bs,), generator=g))
-    losses = fit(pair, loss, steps, lr=lr, path=Path(run)/'clip.pt', **kw)
+    emb, keep = pair.text.get_input_embeddings().weight, torch.zeros(text_config['vocab_size'], 1)
+    keep[token_ids(tokenizer, captions, False).unique()] = 1
+    with torch.no_grad(): emb.mul_(keep*10)      # std .02 -> .2
+    def pick(g): return torch.randint(len(data), (bs,), generator=g)
+    losses = fit(pair, pair_loss(data, captions, tokenizer, pick), steps, path, **dict(lr=1e-3)|kw)
     with torch.no_grad(): emb.mul_(keep)
     return pair.eval(), losses
 
 # %% ../../nbs/64_recipe.ipynb #caa729f0
-unet_config = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64,128,176), norm_num_groups=16,
-                   layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+unet_config = dict(sample_size=16, in_channels=4, out_channels=4, norm_num_groups=16,
+                   block_out_channels=(64,128,176), layers_per_block=1,
+                   cross_attention_dim=128, attention_head_dim=4,
                    down_block_types=('DownBlock2D','CrossAttnDownBlock2D','DownBlock2D'),
                    up_block_types=('UpBlock2D','CrossAttnUpBlock2D','UpBlock2D'))
+
+def _batches(n, bs): return [range(i, min(i+bs, n)) for i in range(0, n, bs)]
 
 @torch.no_grad()
 def cache_latents(
     vae, data,     # Standardised AutoencoderKL, pictures (N,S,S,3)
-    path=None,     # .pt file, read when it exists
-    bs:int=8,
+    path=None,     # .pt file, read when it is there
+    bs:int=8,      # Pictures at once
 )->torch.Tensor:   # (N,4,S/8,S/8) float16, scaled to std 1
     "Encode every picture once: the UNet never sees pixels"
     from tqdm.auto import tqdm
-    if path and Path(path).exists(): return torch.load(path, weights_only=True)
-    out = torch.cat([vae.encode(batch_of(data, range(i, min(i+bs, len(data))))).latent_dist.mean*scaling_factor
-                     for i in tqdm(range(0, len(data), bs), desc='encoding', disable=len(data)<999)]).half()
-    if path: torch.save(out, path)
-    return out
+    mark = fingerprint([data, *vae.encoder.parameters(), *vae.quant_conv.parameters()])
+    if path and Path(path).exists():
+        kept = load_state(path)
+        if kept['mark']==mark: return kept['latents']
+        raise ValueError(f"expected {path} to hold the latents of these pictures and this VAE, "
+                         "got others. Delete it, or choose another path.")
+    bar = tqdm(_batches(len(data), bs), desc='encoding', disable=len(data)<999)
+    latents = torch.cat([vae.encode(batch_of(data, i)).latent_dist.mean*scaling_factor for i in bar])
+    if path: save_state(dict(latents=latents.half(), mark=mark), path)
+    return latents.half()
 
 @torch.no_grad()
 def cache_texts(
-    text_encoder, tokenizer, captions:list, # The frozen text encoder, its tokenizer, one caption per picture
-    bs:int=128,
+    text_encoder, tokenizer, captions:list, # The frozen text encoder; one caption per picture
+    bs:int=128,    # Texts at once
 )->tuple:          # ((U,77,D) float16 with "" first, (N,) row of each caption)
     "Encode every distinct caption once"
     from tqdm.auto import tqdm
-    rows = {t: i for i, t in enumerate(dict.fromkeys(['', *captions]))}
-    texts = list(rows)
-    emb = torch.cat([encode_tokens(text_encoder, token_ids(tokenizer, texts[i:i+bs])).half()
-                     for i in tqdm(range(0, len(texts), bs), desc='texts', disable=len(texts)<999)])
-    return emb, torch.tensor([rows[c] for c in captions])
+    texts = [*dict.fromkeys(['', *captions])]
+    rows = {t: i for i, t in enumerate(texts)}
+    bar = tqdm(range(0, len(texts), bs), desc='texts', disable=len(texts)<999)
+    emb = [encode_tokens(text_encoder, token_ids(tokenizer, texts[i:i+bs])).half() for i in bar]
+    return torch.cat(emb), torch.tensor([rows[c] for c in captions])
 
 # %% ../../nbs/64_recipe.ipynb #a99a2a5f
 def snr_weight(
@@ -213,29 +270,35 @@ def snr_weight(
     snr = sigma**-2
     return snr.clamp(max=gamma)/snr
 
+def unet_batch(
+    latents, emb, rows,  # From `cache_latents` and `cache_texts`
+    bs:int=48,           # Latents in a batch
+    drop:float=.1,       # Share of captions replaced by "": guidance needs an unconditional half
+):                       # loss_fn(net, generator) for `fit`
+    "Predict the noise in noisy latents, given the caption, weighted by `snr_weight`"
+    def loss(net, g):
+        device, idx = _device(net), torch.randint(len(latents), (bs,), generator=g)
+        t = random_timesteps(bs, g)      # 0..999: sampling starts at 999
+        sigma, x0 = sigma_at(t).to(device), latents[idx].float().to(device)
+        noise = torch.randn(x0.shape, generator=g).to(device)
+        row = torch.where(torch.rand(bs, generator=g)<drop, 0, rows[idx])
+        def ask(x_in, sigma, words): return predict_noise(net, x_in, t.to(device), words).float()
+        words = emb[row].float().to(device)
+        return noise_loss(ask, x0, words, sigma, noise, weight=snr_weight(sigma))
+    return loss
+
 def train_unet(
     latents, emb, rows,  # From `cache_latents` and `cache_texts`
     steps:int,           # Optimiser steps in total
-    run='runs/pocket',
-    bs:int=48,
-    lr:float=5e-4,
-    drop:float=.1,       # Share of captions replaced by "", so that guidance has an unconditional half
-    unet=None,           # Continue from this one
-    **kw):
-    "Predict the noise in noisy latents, given the caption"
+    path=None,           # Where the state is kept
+    bs:int=48,           # Latents in a batch
+    **kw,                # To `fit`
+):                       # UNet2DConditionModel, losses
+    "Train the denoiser"
     from diffusers import UNet2DConditionModel
     torch.manual_seed(0)
-    unet, abar = unet or UNet2DConditionModel(**unet_config), alphas_cumprod().float()
-    def loss(net, g):
-        dev = next(net.parameters()).device
-        idx = torch.randint(len(latents), (bs,), generator=g)
-        t = random_timesteps(bs, g) # 0..999: sampling starts at 999
-        x0, noise, a = latents[idx].float(), torch.randn(bs, *latents.shape[1:], generator=g), abar[t, None, None, None]
-        row = torch.where(torch.rand(bs, generator=g)<drop, 0, rows[idx])
-        pred = net((a.sqrt()*x0+(1-a).sqrt()*noise).to(dev), t.to(dev), emb[row].float().to(dev)).sample.float()
-        w = snr_weight(((1-a)/a).sqrt().flatten()).to(dev)
-        return (w*(pred-noise.to(dev)).pow(2).mean((1, 2, 3))).mean()
-    losses = fit(unet, loss, steps, lr=lr, path=Path(run)/'unet.pt', **kw)
+    unet = UNet2DConditionModel(**unet_config)
+    losses = fit(unet, unet_batch(latents, emb, rows, bs), steps, path, **dict(lr=5e-4)|kw)
     return unet.eval(), losses
 
 # %% ../../nbs/64_recipe.ipynb #298b341e
@@ -243,149 +306,199 @@ scheduler_config = dict(_class_name='PNDMScheduler', _diffusers_version='0.30.0'
                         beta_schedule='scaled_linear', beta_start=.00085, clip_sample=False,
                         num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True,
                         steps_offset=1, trained_betas=None) # as in CompVis/stable-diffusion-v1-4
-model_index = dict(_class_name='StableDiffusionPipeline', _diffusers_version='0.30.0', feature_extractor=[None, None],
-                   requires_safety_checker=False, safety_checker=[None, None],
-                   scheduler=['diffusers', 'PNDMScheduler'], text_encoder=['transformers', 'CLIPTextModel'],
-                   tokenizer=['transformers', 'CLIPTokenizer'], unet=['diffusers', 'UNet2DConditionModel'],
-                   vae=['diffusers', 'AutoencoderKL'])
+model_index = dict(_class_name='StableDiffusionPipeline', _diffusers_version='0.30.0',
+                   feature_extractor=[None, None], requires_safety_checker=False,
+                   safety_checker=[None, None], scheduler=['diffusers', 'PNDMScheduler'],
+                   text_encoder=['transformers', 'CLIPTextModel'],
+                   tokenizer=['transformers', 'CLIPTokenizer'],
+                   unet=['diffusers', 'UNet2DConditionModel'], vae=['diffusers', 'AutoencoderKL'])
+_their_vae = dict(_class_name='AutoencoderKL', _diffusers_version='0.30.0', in_channels=3,
+                  out_channels=3, act_fn='silu', force_upcast=True, **vae_config)
+_their_unet = dict(_class_name='UNet2DConditionModel', _diffusers_version='0.30.0', act_fn='silu',
+                   flip_sin_to_cos=True, freq_shift=0, center_input_sample=False,
+                   downsample_padding=1, mid_block_scale_factor=1, norm_eps=1e-5, **unet_config)
+_their_text = dict(architectures=['CLIPTextModel'], model_type='clip_text_model', dtype='float32',
+                   torch_dtype='float32', layer_norm_eps=1e-5, dropout=0., attention_dropout=0.,
+                   initializer_factor=1., initializer_range=.02, **text_config)
 
-def _write(folder, config, weights=None, name='diffusion_pytorch_model.safetensors', config_name='config.json'):
+def _write_net(folder, config, weights, name='diffusion_pytorch_model'):
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/config_name).write_text(json.dumps(config, indent=2)+'\n', encoding='utf8')
-    if weights:
-        save_file({k: v.half().contiguous() for k, v in weights.items()}, folder/name, metadata={'format': 'pt'})
-        (folder/name).chmod(0o644)
+    part, file = folder/'part.tmp', folder/f'{name}.safetensors'
+    half = {k: v.detach().cpu().half().contiguous() for k, v in weights.items()}
+    save_file(half, part, metadata={'format': 'pt'})
+    part.chmod(0o644)
+    os.replace(part, file)
+    _write_json(folder/'config.json', config)
+
+def _write_pair(folder, pair):
+    state = pair.text.state_dict()
+    # the nested names: transformers 4 and 5 both read them
+    _write_net(folder/'text_encoder', _their_text, nested_keys(state), 'model')
+    image = {'image.'+k: v for k, v in pair.image.state_dict().items()}
+    both = dict(scale=pair.scale, **{'text_projection.weight': state['text_projection.weight']})
+    _write_net(folder/'clip', pair.image.config, image|both, 'model')
 
 def save_checkpoint(
-    folder,          # Gets a diffusers folder; an existing tokenizer is kept
-    vae=None, pair=None, unet=None, # AutoencoderKL, Pair, UNet2DConditionModel: those that are given are written
+    folder,            # Gets a diffusers folder, pocket's tokenizer included
+    vae=None, pair=None, unet=None, # AutoencoderKL, Pair, UNet: those that are given are written
     subjects:int=None, # How many of the subjects the UNet was trained on
 ):
-    "Write half-precision safetensors in the layout that diffusers and transformers of all versions read"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    (folder/'model_index.json').write_text(json.dumps(model_index, indent=2)+'\n', encoding='utf8')
-    _write(folder/'scheduler', scheduler_config, config_name='scheduler_config.json')
+    "Half-precision safetensors in the layout that all versions of diffusers and transformers read"
+    folder = Path(folder)
+    _write_json(folder/'model_index.json', model_index)
+    _write_json(folder/'scheduler'/'scheduler_config.json', scheduler_config)
+    shutil.copytree(pocket_path()/'tokenizer', folder/'tokenizer', dirs_exist_ok=True)
     if subjects: update_facts(folder, subjects=subjects)
-    if vae is not None:
-        _write(folder/'vae', dict(_class_name='AutoencoderKL', _diffusers_version='0.30.0', in_channels=3,
-                                  out_channels=3, act_fn='silu', force_upcast=True, **vae_config), vae.state_dict())
-    if unet is not None:
-        _write(folder/'unet', dict(_class_name='UNet2DConditionModel', _diffusers_version='0.30.0', act_fn='silu',
-                                   flip_sin_to_cos=True, freq_shift=0, center_input_sample=False, downsample_padding=1,
-                                   mid_block_scale_factor=1, norm_eps=1e-5, **unet_config), unet.state_dict())
-    if pair is not None:
-        state = pair.text.state_dict()
-        # the nested names: transformers 4 and 5 both read them
-        text, proj = nested_keys(state), state['text_projection.weight']
-        _write(folder/'text_encoder',
-               dict(architectures=['CLIPTextModel'], model_type='clip_text_model', torch_dtype='float32',
-                    dtype='float32', layer_norm_eps=1e-5, dropout=0., attention_dropout=0., initializer_factor=1.,
-                    initializer_range=.02, **text_config), text, 'model.safetensors')
-        _write(folder/'clip', pair.image.config,
-               {'text_projection.weight': proj, 'scale': pair.scale,
-                **{'image.'+k: v for k, v in pair.image.state_dict().items()}}, 'model.safetensors')
+    if vae is not None: _write_net(folder/'vae', _their_vae, vae.state_dict())
+    if unet is not None: _write_net(folder/'unet', _their_unet, unet.state_dict())
+    if pair is not None: _write_pair(folder, pair)
 
 # %% ../../nbs/64_recipe.ipynb #7e50bb40
+class Decode(nn.Module):
+    "The second half of an autoencoder, by itself"
+    def __init__(self,
+        vae, # AutoencoderKL
+    ):
+        super().__init__()
+        self.post = vae.post_quant_conv
+        self.decoder = vae.decoder
+    def forward(self, z): return self.decoder(self.post(z/scaling_factor)).float()
+
+def decoder_batch(
+    data, latents,   # Pictures (N,S,S,3) and their latents from `cache_latents`
+    bs:int=8,        # Pictures in a batch
+    noise:float=.05, # Std of noise on the latents, so that small errors of the UNet are forgiven
+):                   # loss_fn(net, generator) for `fit`, net a `Decode`
+    "From latents to whole pictures"
+    def loss(net, g):
+        device, idx = _device(net), torch.randint(len(data), (bs,), generator=g).sort().values
+        z = latents[idx].float()
+        z = z+noise*torch.randn(z.shape, generator=g)
+        return picture_loss(net(z.to(device)), batch_of(data, idx, device=device))
+    return loss
+
 def train_decoder(
     vae,            # A finished AutoencoderKL; its encoder is not touched
     data, latents,  # Pictures (N,S,S,3) and their latents from `cache_latents`
-    steps:int,
-    run='runs/pocket', bs:int=8, lr:float=4e-4,
-    noise:float=.05,# Std of noise on the latents, so that small errors of the UNet are forgiven
-    **kw):          # To `fit`
-    "Train the decoder alone, from latents to whole pictures"
-    half = nn.ModuleDict(dict(post=vae.post_quant_conv, decoder=vae.decoder)).requires_grad_(True)
-    def loss(net, g):
-        idx, dev = torch.randint(len(data), (bs,), generator=g).sort().values, next(net.parameters()).device
-        z = latents[idx].float(); z = z+noise*torch.randn(z.shape, generator=g)
-        y, x = net.decoder(net.post(z.to(dev)/scaling_factor)).float(), batch_of(data, idx, device=dev)
-        return picture_loss(y, x)
-    return vae, fit(half, loss, steps, lr=lr, path=Path(run)/'decoder.pt', **kw)
+    steps:int,      # Optimiser steps
+    path=None,      # Where the state is kept
+    bs:int=8,       # Pictures in a batch
+    **kw,           # To `fit`
+):                  # The same AutoencoderKL, losses
+    "Train the decoder alone"
+    half = Decode(vae).requires_grad_(True)
+    losses = fit(half, decoder_batch(data, latents, bs), steps, path, **dict(lr=4e-4)|kw)
+    return vae.eval(), losses
 
 # %% ../../nbs/64_recipe.ipynb #8ec9792e
 @torch.no_grad()
 def through_vae(
     vae, data,        # AutoencoderKL, pictures (N,S,S,3)
     path,             # .npy file, made when it is not there
-    noise:float=.05,  # Std of noise on the latents, as in `train_decoder`
-    bs:int=8,
+    noise:float=.05,  # Std of noise on the latents, as in `decoder_batch`
+    bs:int=8,         # Pictures at once
 )->np.ndarray:        # uint8 (N,S,S,3), mapped from disk
     "The pictures as the decoder gives them back"
-    from tqdm.auto import tqdm
     path, g = Path(path), torch.Generator().manual_seed(0)
-    if not path.exists():
-        out = np.lib.format.open_memmap(tmp := path.with_suffix('.part'), 'w+', np.uint8, data.shape)
-        for i in tqdm(range(0, len(data), bs), desc='decoding', disable=len(data)<999):
-            z = encode(vae, batch_of(data, range(i, min(i+bs, len(data)))))
-            out[i:i+bs] = np.stack(tensor_to_images(decode(vae, z+noise*torch.randn(z.shape, generator=g))))
-        out.flush(); tmp.replace(path)
-    return np.load(path, mmap_mode='r')
+    mark = dict(made_from=fingerprint([data, *vae.parameters()]), noise=noise)
+    def fill(out, bar):
+        for i in bar(_batches(len(data), bs), 'decoding'):
+            z = encode(vae, batch_of(data, i))
+            z = z+noise*torch.randn(z.shape, generator=g)
+            out[i[0]:i[-1]+1] = np.stack(tensor_to_images(decode(vae, z)))
+    if _read_array(path, mark) is None: _write_array(path, data.shape, fill, mark)
+    return _read_array(path, mark)[0]
+
+def scenes_alike(
+    n:int,         # Pictures; picture i shows subject i % subjects
+    subjects:int,  # How many subjects there are
+    bs:int=160,    # Pictures in a batch
+    alike:int=5,   # Scenes of one subject in it
+):                 # pick(generator) -> (bs,) indices
+    "Several scenes of a subject in a batch: now style and background decide"
+    def pick(g):
+        who = torch.randint(subjects, (bs//alike, 1), generator=g)
+        return (who+subjects*torch.randint(n//subjects, (bs//alike, alike), generator=g)).flatten()
+    return pick
 
 def train_image_encoder(
-    pair,              # A trained `Pair`
-    data, captions:list, tokenizer, # Pictures (N,S,S,3), some as the decoder gives them; their captions
-    subjects:int,      # Picture i shows subject i % subjects
-    steps:int,
-    run='runs/pocket', bs:int=160, lr:float=5e-4,
-    alike:int=5,       # Scenes of one subject in a batch
-    **kw):             # To `fit`
+    pair,         # A trained `Pair`
+    data, captions:list, tokenizer, # Pictures (N,S,S,3), some from the decoder; their captions
+    pick,         # pick(generator) -> indices, e.g. `scenes_alike(...)`
+    steps:int,    # Optimiser steps
+    path=None,    # Where the state is kept
+    **kw,         # To `fit`
+):                # The same pair, losses
     "Train the image encoder and the two projections, the text encoder frozen"
-    pair.text.requires_grad_(False); pair.text.text_projection.requires_grad_(True)
-    def pick(g):
-        return (torch.randint(subjects, (bs//alike, 1), generator=g)
-                +subjects*torch.randint(len(data)//subjects, (bs//alike, alike), generator=g)).flatten()
-    return pair, fit(pair, pair_loss(data, captions, tokenizer, pick), steps, lr=lr, path=Path(run)/'image.pt', **kw)
+    pair.text.requires_grad_(False)
+    pair.text.text_projection.requires_grad_(True)
+    loss = pair_loss(data, captions, tokenizer, pick)
+    return pair, fit(pair, loss, steps, path, **dict(lr=5e-4)|kw)
 
 # %% ../../nbs/64_recipe.ipynb #1027a3c2
 @torch.no_grad()
 def sheet(vae, unet, emb, path, n=8):
     "Sample pictures while training: one row of captions, ten Euler steps"
-    from sdlearn.sample import sample, start
-    from sdlearn.schedule import scale_input
-    from sdlearn.core import seeded_noise
-    few = emb[1:n+1].float().to(next(unet.parameters()).device)
-    eps_fn = lambda x, sigma, t: unet(scale_input(x, sigma), torch.tensor(t), few).sample
-    for step in sample('euler', eps_fn, start('euler', seeded_noise((4, 16, 16), range(n), few.device), 10), 10): pass
+    few, plan = emb[1:n+1].float().to(_device(unet)), make_plan('euler', 10)
+    noise = seeded_noise((4, 16, 16), range(len(few)), few.device)
+    ask = noise_predictor(unet, torch.cat([few, few]), 1.)
+    for step in sample(plan, ask, plan.start(noise)): pass
     image_grid(tensor_to_images(decode(vae, step.x_next.cpu())), rows=1).save(path)
 
+@dataclass
+class Recipe:
+    "How much of everything; these numbers made pocket"
+    subjects:int=320        # That the UNet learns to draw
+    known:int=None          # That the two encoders learn; None: all there are
+    scenes_known:int=32     # Pictures of each, for the encoders
+    scenes_drawn:int=75     # Pictures of each, for the UNet
+    vae_steps:int=1300      # Optimiser steps of each stage
+    clip_steps:int=1000
+    decoder_steps:int=5000
+    image_steps:int=1700
+    unet_steps:int=10000
+    bs:int=None             # Batch of every stage; None: each stage's own
+    precision:str='bf16'    # 'no', 'bf16', or 'fp16' on older GPUs
+
+def check_recipe(r):
+    for k, v in vars(r).items():
+        if isinstance(v, int) and v<1:
+            raise ValueError(f"expected {k} of at least 1, got {v}")
+
+def _rounded(net): # as the file will have it
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(p.half().float())
+    return net.eval()
+
 def train(
-    run='runs/pocket',       # Folder for data and states; a run is resumed from it
+    run='runs/pocket',            # Folder for data and states; a run is resumed from it
     out='runs/pocket/checkpoint', # Gets the checkpoint
-    n:int=320,               # Subjects the UNet learns to draw; the two encoders learn all
-    vae_steps:int=1300, clip_steps:int=1000, unet_steps:int=10000, # Steps of each stage
-    mixed_precision:str='bf16', # 'no', 'bf16', or 'fp16' on older GPUs
-    decoder_steps:int=5000, image_steps:int=1700, # The decoder alone, then the image encoder alone
-):                           # The checkpoint folder
-    "Train pocket from zero, or go on where a run stopped"
-    import shutil
-    from sdlearn.load import pocket_path
-    run, out = Path(run), Path(out)
-    if not (out/'tokenizer').exists(): shutil.copytree(pocket_path()/'tokenizer', out/'tokenizer')
-    tokenizer = Tokenizer.from_folder(out/'tokenizer')
-    data, captions = pictures(run/'all.npy', 32*len(scenes.subjects()))
-    vae, _ = train_vae(data, vae_steps, run, mixed_precision=mixed_precision, decay=True)
-    if not (out/'vae').exists():
-        save_checkpoint(out, vae=standardize(vae.cpu(), batch_of(data, range(0, len(data), 157))))
-    pair, _ = train_clip(data, captions, tokenizer, clip_steps, run)
-    save_checkpoint(out, pair=pair.cpu())
-    from diffusers import AutoencoderKL
-    from sdlearn.load import load_own
-    vae = AutoencoderKL.from_pretrained(out/'vae', use_safetensors=True).eval()
-    text = load_own(TextEncoder, out/'text_encoder').eval()
-    everything, words = data, captions
-    data, captions = pictures(run/f'first{n}.npy', 75*n, n, plain=.2)
-    latents = cache_latents(vae, data, run/f'latents{n}.pt')
-    emb, rows = cache_texts(text, tokenizer, captions)
-    if decoder_steps:
-        save_checkpoint(out, vae=(vae := train_decoder(vae, data, latents, decoder_steps, run,
-                                                       mixed_precision=mixed_precision, decay=True)[0].cpu().eval()))
-    if image_steps:
-        soft = through_vae(vae, everything[:10*len(scenes.subjects())], run/'soft.npy')
-        pair, _ = train_image_encoder(pair, np.concatenate([soft, everything[len(soft):]]), words, tokenizer,
-                                      len(scenes.subjects()), image_steps, run, decay=True)
-        save_checkpoint(out, pair=pair.cpu())
-    unet, _ = train_unet(latents, emb, rows, unet_steps, run, mixed_precision=mixed_precision, decay=True,
-                         preview_every=500, preview=lambda net, step: sheet(vae, net, emb, run/f'unet-{step:06}.png'))
-    save_checkpoint(out, unet=unet.cpu(), subjects=n)
-    return out
+    r:Recipe=Recipe(),            # How much of everything
+):                                # The checkpoint folder
+    "Train pocket from zero, or go on where a run stopped, at whatever moment"
+    check_recipe(r)
+    run, tokenizer = Path(run), Tokenizer.from_folder(pocket_path()/'tokenizer')
+    bs = {} if r.bs is None else dict(bs=r.bs)
+    how = dict(mixed_precision=r.precision, decay=True)|bs
+    known = len(scenes.subjects(r.known))
+    data, captions = pictures(run/'known.npy', r.scenes_known*known, r.known)
+    vae, _ = train_vae(data, r.vae_steps, run/'vae.pt', **how)
+    vae = _rounded(standardize(vae.cpu(), batch_of(data, range(0, len(data), 157))))
+    pair, _ = train_clip(data, captions, tokenizer, r.clip_steps, run/'clip.pt', **bs)
+    pair = _rounded(pair.cpu())
+    drawn, drawn_captions = pictures(run/'drawn.npy', r.scenes_drawn*r.subjects, r.subjects, plain=.2)
+    latents = cache_latents(vae, drawn, run/'latents.pt')
+    emb, rows = cache_texts(pair.text, tokenizer, drawn_captions)
+    vae, _ = train_decoder(vae, drawn, latents, r.decoder_steps, run/'decoder.pt', **how)
+    vae = _rounded(vae.cpu())
+    soft = through_vae(vae, data[:max(1, r.scenes_known//3)*known], run/'soft.npy')
+    pick = scenes_alike(len(data), known, **bs)
+    both = np.concatenate([soft, data[len(soft):]])
+    pair, _ = train_image_encoder(pair, both, captions, tokenizer, pick, r.image_steps,
+                                  run/'image.pt', decay=True)
+    def preview(net, step): sheet(vae, net, emb, run/f'unet-{step:06}.png')
+    unet, _ = train_unet(latents, emb, rows, r.unet_steps, run/'unet.pt', preview=preview,
+                         preview_every=500, **how)
+    save_checkpoint(out, vae, pair.cpu(), unet.cpu(), r.subjects)
+    return Path(out)
