@@ -1,0 +1,322 @@
+"Checks in seconds, no training: structure, tiny networks, samplers, schedules, the recipe's losses"
+import ast, configparser, importlib, json, math, os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from torch.testing import assert_close
+
+root = Path(__file__).parent.parent
+package = root/'sdlearn'
+notebooks = sorted(p for p in (root/'nbs').glob('*.ipynb'))
+lessons = [p for p in notebooks if p.stem!='index']
+torch.set_num_threads(1)    # tiny tensors: a second thread only gets in the way
+
+def cells(path, kind='code'):
+    "(id, source) of a notebook's cells"
+    nb = json.loads(path.read_text(encoding='utf8'))
+    return [(c['id'], ''.join(c['source'])) for c in nb['cells'] if c['cell_type']==kind]
+
+# ---------------------------------------------------------------- structure
+
+rooms = '''core train attention tokenizer schedule guidance idea.autoencoder idea.contrast text vae unet denoiser
+    schedulers sample load pipeline judge idea.score idea.noise pocket.atlas pocket.scenes pocket.card
+    pocket.recipe pocket.evaluate pocket.__main__ cli bench'''.split()  # from the ground up
+
+def imports(path):
+    "Rooms of this package that a module imports, wherever it does"
+    name = '.'.join(path.relative_to(package).with_suffix('').parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf8'))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('sdlearn')):
+            base = name.split('.')[:-node.level] if node.level else []
+            module = '.'.join([*base, *(node.module or '').removeprefix('sdlearn').strip('.').split('.')]).strip('.')
+            for alias in node.names:
+                inner = f'{module}.{alias.name}'.strip('.')
+                yield inner if inner in rooms else module
+
+def test_imports_run_one_way():
+    for path in package.rglob('*.py'):
+        name = '.'.join(path.relative_to(package).with_suffix('').parts)
+        if path.name in ('__init__.py', '_modidx.py'): continue
+        assert name in rooms, f'{name} has no place in the list of rooms'
+        for other in imports(path):
+            if other in ('', 'pocket', 'idea'): continue
+            assert rooms.index(other)<rooms.index(name), f'{name} imports {other}, which stands above it'
+
+def test_a_notebook_exports_the_module_of_its_name():
+    for path in lessons:
+        title = next(s for _, s in cells(path, 'markdown')).split('\n')[0].removeprefix('# ')
+        name = path.stem.split('_', 1)[1]
+        assert title.lower().replace(' ', '_')==name, f'{path.name} is called {title!r}'
+        exported = [m[1] for _, s in cells(path) for m in re.finditer(r'#\| default_exp (\S+)', s)]
+        for module in exported: assert module.split('.')[-1]==name, f'{path.name} exports {module}'
+        colab = f'/nbs/{path.name})'
+        assert any(colab in s for _, s in cells(path, 'markdown')), f"{path.name} has another's Colab badge"
+
+def test_links_lead_somewhere():
+    for path in notebooks:
+        for _, s in cells(path, 'markdown'):
+            for link in re.findall(r'\]\((?!http|#)([^)#]+)', s):
+                assert (path.parent/link).exists(), f'{path.name} links to {link}, which does not exist'
+
+def test_lines_fit_and_statements_stand_alone():
+    import io, tokenize
+    for path in notebooks:
+        for cell, source in cells(path):
+            for line in source.split('\n'): assert len(line)<=100, f'{path.name} {cell}: {line}'
+            code = re.sub(r'(?m)^(\s*)[%!].*$', r'\1pass', source)
+            for t in tokenize.generate_tokens(io.StringIO(code).readline):
+                joined = t.type==tokenize.OP and t.string==';'
+                assert not joined, f'{path.name} {cell}: two statements in one line: {t.line.strip()}'
+
+def test_modules_are_what_the_notebooks_export(tmp_path):
+    pytest.importorskip('nbdev')
+    for name in ('nbs', 'sdlearn'):
+        shutil.copytree(root/name, tmp_path/name, ignore=shutil.ignore_patterns('checkpoint', 'atlas', '__pycache__'))
+    for name in ('settings.ini', 'pyproject.toml', 'README.md', 'setup.py'): shutil.copy(root/name, tmp_path)
+    env = {k: v for k, v in os.environ.items() if k!='IN_TEST'}
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'],
+                   cwd=tmp_path, check=True, env=env, capture_output=True)
+    for path in package.rglob('*.py'):
+        new = (tmp_path/'sdlearn'/path.relative_to(package)).read_text(encoding='utf8')
+        assert new==path.read_text(encoding='utf8'), f'{path.name} is not what its notebook exports: nbdev_export'
+
+def test_version_is_said_once():
+    ini = configparser.ConfigParser()
+    ini.read(root/'settings.ini', encoding='utf8')
+    import sdlearn
+    assert sdlearn.__version__==ini['DEFAULT']['version']
+
+def test_package_stands_without_the_development_tools():
+    for path in package.rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf8'))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
+            assert not {n.split('.')[0] for n in names}&{'nbdev', 'fastcore', 'execnb', 'torchvision', 'sklearn'}-(
+                {'sklearn'} if path.stem=='score' else set()), path.name
+        assert '.cuda()' not in path.read_text(encoding='utf8'), path.name
+
+def test_names_of_before_are_where_they_were():
+    known = json.loads((root/'.ci'/'names.json').read_text(encoding='utf8'))
+    for module, names in known.items():
+        found = importlib.import_module(f'sdlearn.{module}')
+        for name in names: assert hasattr(found, name) and name in found.__all__, f'{module}.{name}'
+
+def test_a_bare_import_is_light_and_lists_its_rooms():
+    code = ("import sys, sdlearn; assert 'torch' not in sys.modules; assert 'pipeline' in dir(sdlearn);"
+            "assert 'otter' in sdlearn.pocket.subjects() and 'txt2img' in dir(sdlearn)")
+    env = os.environ|dict(PYTHONUTF8='0', LC_ALL='POSIX')       # as on a machine that does not speak UTF-8
+    subprocess.run([sys.executable, '-c', code], check=True, env=env, cwd=root)
+
+# ---------------------------------------------------------------- networks
+
+def randomized(net, seed=0):
+    "Random weights, every one of them, so that no two names can be mixed up"
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*.1+(p.ndim==1)*.5)
+    return net.eval().requires_grad_(False)
+
+@pytest.mark.parametrize('shape', [dict(channels=(8, 16), layers=1, heads=2), dict(channels=(8, 16, 16), layers=2, heads=4)])
+@torch.no_grad()
+def test_unet_equals_diffusers(shape):
+    from diffusers import UNet2DConditionModel
+    from sdlearn.unet import UNet
+    n = len(shape['channels'])
+    config = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=shape['channels'], norm_num_groups=4,
+                  layers_per_block=shape['layers'], cross_attention_dim=12, attention_head_dim=shape['heads'],
+                  down_block_types=('CrossAttnDownBlock2D',)*(n-1)+('DownBlock2D',),
+                  up_block_types=('UpBlock2D',)+('CrossAttnUpBlock2D',)*(n-1))
+    theirs = randomized(UNet2DConditionModel(**config))
+    ours = UNet(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, words = torch.randn(2, 4, 8, 12), torch.randn(2, 7, 12)
+    for t in (0, 500.25, 999, torch.tensor([3, 700])):
+        assert_close(ours(x, t, words), theirs(x, t, words).sample, rtol=1e-4, atol=1e-4)
+
+@torch.no_grad()
+def test_vae_equals_diffusers():
+    from diffusers import AutoencoderKL
+    from sdlearn.vae import VAE
+    config = dict(block_out_channels=(8, 16), layers_per_block=2, latent_channels=4, norm_num_groups=4, sample_size=16,
+                  down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2)
+    theirs = randomized(AutoencoderKL(**config))
+    ours = VAE(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, z = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 8, 12)
+    assert_close(ours.quant_conv(ours.encoder(x)), theirs.quant_conv(theirs.encoder(x)), rtol=1e-4, atol=1e-4)
+    assert_close(ours.decoder(ours.post_quant_conv(z)), theirs.decode(z).sample, rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize('act', ['quick_gelu', 'gelu'])
+@torch.no_grad()
+def test_text_encoder_equals_transformers(act):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    from sdlearn.text import TextEncoder, flat_keys, get_input_embeds, get_output_embeds
+    config = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                  max_position_embeddings=10, hidden_act=act, bos_token_id=48, eos_token_id=49, pad_token_id=49)
+    theirs = randomized(CLIPTextModel(CLIPTextConfig(**config)))
+    ours = TextEncoder(config).eval()
+    ours.load_state_dict(flat_keys(theirs.state_dict()))
+    ids = torch.randint(0, 48, (3, 10))
+    expected = theirs(ids).last_hidden_state
+    assert_close(ours(ids), expected, rtol=1e-4, atol=1e-4)
+    for net in (ours, theirs):
+        assert_close(get_output_embeds(net, get_input_embeds(net, ids)), expected, rtol=1e-4, atol=1e-4)
+
+# ---------------------------------------------------------------- schedules and samplers
+
+from sdlearn.sample import make_plan, noise_from, sample, samplers      # noqa: E402
+from sdlearn.schedule import SD_V1, Schedule, read_schedule, sigma_at, timesteps  # noqa: E402
+
+def test_the_numbers_of_sd_v1():
+    assert [round(sigma_at(t), 4) for t in (0, 927.6429, 999)]==[.0292, 9.6826, 14.6146]
+    assert [round(t, 4) for t in timesteps(15)[:3].tolist()]==[999., 927.6429, 856.2857]
+    assert read_schedule({})==SD_V1==Schedule()
+
+@pytest.mark.parametrize('spacing', ['linspace', 'leading', 'trailing'])
+def test_a_schedule_is_read_as_diffusers_reads_it(spacing):
+    import diffusers
+    config = dict(beta_start=.0005, beta_end=.015, beta_schedule='linear', timestep_spacing=spacing, steps_offset=1,
+                  set_alpha_to_one=True, clip_sample=False)
+    schedule = read_schedule(config)
+    for name, kind in dict(euler='EulerDiscrete', dpmpp_2m='DPMSolverMultistep', ddim='DDIM', lms='LMSDiscrete').items():
+        theirs = getattr(diffusers, kind+'Scheduler').from_config(config)
+        theirs.set_timesteps(10)
+        plan = make_plan(name, 10, schedule)
+        assert_close(torch.tensor(plan.timesteps), theirs.timesteps.float(), rtol=0, atol=1e-3)
+        by_object = make_plan(theirs, 10, schedule)
+        assert_close(torch.tensor(plan.sigmas), torch.tensor(by_object.sigmas), rtol=1e-4, atol=1e-4)
+        assert math.isclose(plan.start_std, by_object.start_std, rel_tol=1e-4)
+
+@pytest.mark.parametrize('odd', [dict(prediction_type='sample'), dict(beta_schedule='squaredcos_cap_v2'),
+                                 dict(rescale_betas_zero_snr=True), dict(use_karras_sigmas=True),
+                                 dict(timestep_spacing='even')])
+def test_what_we_do_not_know_is_refused_by_name(odd):
+    with pytest.raises(ValueError, match=next(iter(odd))): read_schedule(odd)
+
+def last(plan, eps_fn, x, seeds=None):
+    noise_fn = noise_from([torch.Generator().manual_seed(s) for s in seeds]) if seeds else None
+    return [*sample(plan, eps_fn, x, noise_fn)][-1].x_next
+
+@pytest.mark.parametrize('name', samplers)
+def test_one_picture_is_hit(name):
+    picture = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    for k in (0, 3):
+        plan = make_plan(name, 8).after(k)
+        x = plan.start(noise, picture if k else None)
+        steps = list(sample(plan, lambda x, sigma, t: (x-picture)/sigma, x))
+        assert len(steps)==plan.calls
+        end = steps[-1].x_next*(plan.sigmas[-1]**2+1)**.5          # as diffusers returns it
+        level = plan.sigmas[-1]
+        assert_close(end, picture.expand_as(end), rtol=0, atol=1e-4+4*level)
+
+orders = dict(euler=1, ddim=1, heun=2, lms=2, pndm=3, dpmpp_2m=2, unipc=3)
+
+@pytest.mark.parametrize('name', orders)
+def test_order_of_convergence(name):
+    rule, start = samplers[name].fn, torch.tensor([2.], dtype=torch.float64)
+    def error(n):
+        sigmas = torch.linspace(2, .5, n+1, dtype=torch.float64).tolist()
+        end = [*rule(lambda x, sigma, t: sigma*x/(sigma**2+1), start, sigmas)][-1].x_next.item()
+        return abs(end-2*((.5**2+1)/(2**2+1))**.5)
+    assert abs(math.log2(error(80)/error(320))/2-orders[name])<.15
+
+@pytest.mark.parametrize('name', ['ddpm', 'euler_ancestral'])
+def test_fresh_noise_goes_on_from_the_generator_of_the_start(name):
+    import diffusers
+    kind = dict(ddpm='DDPM', euler_ancestral='EulerAncestralDiscrete')[name]
+    config = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1, clip_sample=False)
+    theirs, g = getattr(diffusers, kind+'Scheduler').from_config(config), torch.Generator().manual_seed(7)
+    theirs.set_timesteps(6)
+    y = torch.randn(1, 4, 4, 4, generator=g)*theirs.init_noise_sigma
+    for t in theirs.timesteps: y = theirs.step(.5*theirs.scale_model_input(y, t), t, y, generator=g).prev_sample
+    plan, noise_fn = make_plan(name, 6), noise_from([torch.Generator().manual_seed(7)])
+    x = plan.start(noise_fn(torch.empty(1, 4, 4, 4)))
+    def half(x, sigma, t): return .5*x/(sigma**2+1)**.5
+    ours = [*sample(plan, half, x, noise_fn)][-1].x_next
+    assert_close(ours, y, rtol=1e-4, atol=1e-4)
+
+def test_a_batch_is_its_pictures():
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    def bent(x, sigma, t): return torch.sin(x)/(1+sigma)
+    for name in samplers:
+        plan = make_plan(name, 5)
+        both = last(plan, bent, plan.start(noise), (3, 4))
+        alone = [last(plan, bent, plan.start(noise[i:i+1]), (3+i,)) for i in (0, 1)]
+        assert_close(both, torch.cat(alone))
+
+# ---------------------------------------------------------------- what is trained, by its values
+
+def test_noise_loss():
+    from sdlearn.denoiser import as_noise, noise_loss, velocity
+    from sdlearn.schedule import add_noise, scale_input
+    x0, eps, sigma = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([.1, 1., 9.])
+    x_in = scale_input(add_noise(x0, eps, sigma), sigma)
+    assert_close(as_noise(velocity(x0, eps, sigma), x_in, sigma, 'v_prediction'), eps, rtol=1e-4, atol=1e-4)
+    seen = []
+    def zero(x_in, sigma, cond): return seen.append((x_in, cond)) or 0*x_in
+    per_picture = eps.square().mean((1, 2, 3))
+    assert_close(noise_loss(zero, x0, 'words', sigma, eps), per_picture.mean())
+    assert_close(seen[0][0], x_in)
+    assert seen[0][1]=='words'
+    weight = torch.tensor([0., 3., 0.])
+    assert_close(noise_loss(zero, x0, None, sigma, eps, weight=weight), per_picture[1])
+    v = velocity(x0, eps, sigma).square().mean()
+    assert_close(noise_loss(zero, x0, None, sigma, eps, kind='v_prediction'), v)
+
+def test_the_recipes_losses():
+    from sdlearn.idea.autoencoder import kl
+    from sdlearn.pocket.recipe import edges, picture_loss, snr_weight
+    flat = torch.zeros(1, 3, 16, 16)
+    chess = .1*((torch.arange(16)[:, None]+torch.arange(16))%2*2-1).expand(1, 3, 16, 16)
+    assert_close(picture_loss(flat+.1, flat).item(), .1+.04+0+.1)      # the edges are right, the colour is not
+    assert_close(picture_loss(chess, flat).item(), .1+.04+.2+0)        # the other way round
+    assert edges(chess).shape==(1, 2*3*16*15)
+    assert kl(torch.zeros(1), torch.zeros(1))==0 and kl(torch.ones(1), torch.zeros(1))==.5
+    assert_close(snr_weight(torch.tensor([.1, .447214, 10.])), torch.tensor([.05, 1., 1.]), rtol=1e-4, atol=1e-4)
+
+def test_contrast():
+    from sdlearn.idea.contrast import contrastive_loss, retrieval
+    eye = torch.eye(4)
+    assert contrastive_loss(eye, eye, 100.)<1e-6<contrastive_loss(eye, eye.roll(1, 0), 100.)
+    assert_close(contrastive_loss(0*eye, eye), torch.tensor(4.).log())
+    assert retrieval(eye, eye)==(1, 1) and retrieval(eye, eye.roll(1, 0))==(0, 0)
+
+def test_guidance_leans_the_right_way():
+    from sdlearn.guidance import cfg
+    uncond, text = torch.tensor([1.]), torch.tensor([3.])
+    assert [cfg(uncond, text, g).item() for g in (0, 1, 7.5)]==[1, 3, 16]
+
+def line_loss(net, g): # a straight line from noisy points
+    x = torch.rand(8, 1, generator=g)
+    return (net(x)-3*x).square().mean()
+
+def test_training_goes_on_where_it_stopped(tmp_path):
+    from sdlearn.train import fit, load_state, train_steps, trained
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Linear(1, 1)
+    whole, parts, how = net(), net(), dict(lr=1e-2, warmup=1, progress=False)
+    losses = fit(whole, line_loss, 8, **how)
+    fit(parts, line_loss, 3, tmp_path/'s.pt', **how)
+    assert fit(net(), line_loss, 8, tmp_path/'s.pt', **how)==losses
+    again = net()
+    fit(again, line_loss, 8, tmp_path/'s.pt', **how)                   # finished: only read
+    for a, b in zip(again.parameters(), whole.parameters()): assert torch.equal(a, b)
+    with pytest.raises(ValueError, match='at least 8 steps'): fit(net(), line_loss, 4, tmp_path/'s.pt', **how)
+    with pytest.raises(ValueError, match='seed was 0 and is 1'): fit(net(), line_loss, 9, tmp_path/'s.pt', seed=1, **how)
+    def other(net, g): return 2*line_loss(net, g)
+    with pytest.raises(ValueError, match='another'): fit(net(), other, 9, tmp_path/'s.pt', **how)
+    assert load_state(tmp_path/'s.pt')['step']==8
+    hand = net()
+    for step in train_steps(lambda g: line_loss(hand, g), trained(hand), 8, lr=1e-2, warmup=1): pass
+    assert_close([*step.averaged.values()], [p.detach() for p in whole.parameters()], rtol=0, atol=0)
+
+def test_training_stops_before_the_first_nan(tmp_path):
+    from sdlearn.train import batch_rng, fit, load_state
+    def bad(net, g): # a finite loss without a slope at step 2
+        zero = g.initial_seed()==batch_rng(0, 2).initial_seed()
+        return line_loss(net, g)+(net.weight.sum()*(0 if zero else 1)).abs().sqrt()
+    with pytest.raises(FloatingPointError, match='at step 2'):
+        fit(torch.nn.Linear(1, 1), bad, 5, tmp_path/'s.pt', save_every=0, progress=False)
+    kept = load_state(tmp_path/'s.pt')
+    assert kept['step']==2 and all(v.isfinite().all() for v in (*kept['params'].values(), *kept['averaged'].values()))
