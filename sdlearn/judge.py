@@ -21,7 +21,12 @@ from .tokenizer import Tokenizer, tokenize
 # %% ../nbs/62_judge.ipynb #e7553cc5
 class Clip(nn.Module):
     "Pocket's contrastive pair, for scoring pictures against words"
-    def __init__(self, image, text_encoder, tokenizer, projection):
+    def __init__(self,
+        image:nn.Module,         # (B,3,H,W) in -1..1 -> (B,128) unit vectors
+        text_encoder:nn.Module,  # Token ids -> states, as in Stable Diffusion
+        tokenizer,               # Strings -> token ids
+        projection:torch.Tensor, # (128,D), from a state to the space of the pictures
+    ):
         super().__init__()
         self.image, self.text_encoder, self.tokenizer = image, text_encoder, tokenizer
         self.projection = nn.Parameter(projection, False)
@@ -37,22 +42,36 @@ class Clip(nn.Module):
         ids = tokenize(self.tokenizer, texts)
         end = (ids==49407).int().argmax(1)
         # causal: what comes after the end changes nothing
-        last = encode_tokens(self.text_encoder, ids[:, :end.max()+1])[torch.arange(len(ids)), end]
+        states = encode_tokens(self.text_encoder, ids[:, :end.max()+1])
+        last = states[torch.arange(len(ids)), end]
         return F.normalize(last@self.projection.T, dim=-1)
 
-@lru_cache
+def _stamps(folder): # when each file was written, and its size: other numbers when one has changed
+    files = [f.stat() for part in ('clip', 'text_encoder', 'tokenizer')
+             for f in sorted((folder/part).glob('*'))]
+    return tuple(f.st_mtime_ns for f in files), tuple(f.st_size for f in files)
+
+def _image_encoder(folder, state):
+    net = ImageEncoder(**json.loads((folder/'config.json').read_text(encoding='utf8')))
+    net.load_state_dict({k.removeprefix('image.'): v
+                         for k, v in state.items() if k.startswith('image.')})
+    return net
+
+@lru_cache(8)
+def _read_clip(folder, mtimes, sizes): # stamps: so that the cache sees what has changed
+    from safetensors.torch import load_file
+    folder = Path(folder)
+    state = {k: v.float() for k, v in load_file(folder/'clip'/'model.safetensors').items()}
+    clip = Clip(_image_encoder(folder/'clip', state), load_own(TextEncoder, folder/'text_encoder'),
+                Tokenizer.from_folder(folder/'tokenizer'), state['text_projection.weight'])
+    return clip.eval().requires_grad_(False)
+
 def load_clip(
     path=None, # A checkpoint folder that has `clip/`; pocket when missing
 )->Clip:       # In evaluation mode, gradients off
-    "Pocket's own CLIP"
-    from safetensors.torch import load_file
+    "Pocket's own CLIP: the same object until one of its files changes"
     folder = Path(path or pocket_path())
-    w = {k: v.float() for k, v in load_file(folder/'clip'/'model.safetensors').items()}
-    image = ImageEncoder(**json.loads((folder/'clip'/'config.json').read_text(encoding='utf8')))
-    image.load_state_dict({k.removeprefix('image.'): v for k, v in w.items() if k.startswith('image.')})
-    clip = Clip(image, load_own(TextEncoder, folder/'text_encoder'),
-                Tokenizer.from_folder(folder/'tokenizer'), w['text_projection.weight'])
-    return clip.eval().requires_grad_(False)
+    return _read_clip(str(folder), *_stamps(folder))
 
 @torch.no_grad()
 def scores(

@@ -25,53 +25,72 @@ def check_pictures(
         raise ValueError(f"expected pictures of shape (B,1,H,W), got {tuple(x.shape)}. "
                          "Add the channel with x[:,None].")
     if not (-1<=x.min() and x.max()<=1): # also true of NaN
-        raise ValueError(f"expected pixels in -1..1, got {x.min():.3g}..{x.max():.3g}. For bytes: x/127.5-1.")
+        raise ValueError(f"expected pixels in -1..1, got {x.min():.3g}..{x.max():.3g}. "
+                         "For bytes: x/127.5-1.")
     return x
 
 # %% ../../nbs/20_score.ipynb #ebfdaa29
-def _read_idx(file): # MNIST's own format: a magic number with the count of dimensions, their sizes, bytes
-    b = (gzip.open if file.suffix=='.gz' else open)(file, 'rb').read()
-    n = b[3]
-    return torch.frombuffer(bytearray(b[4+4*n:]), dtype=torch.uint8).view(struct.unpack(f'>{n}I', b[4:4+4*n]))
+def _read_idx(file): # MNIST's own format: a magic number with the count of dimensions, sizes, bytes
+    with (gzip.open if file.suffix=='.gz' else open)(file, 'rb') as f: data = f.read()
+    n = data[3]
+    sizes = struct.unpack(f'>{n}I', data[4:4+4*n])
+    return torch.frombuffer(bytearray(data[4+4*n:]), dtype=torch.uint8).view(sizes)
+
+def _from_npz(file):
+    data = np.load(file)
+    need = ('x_train', 'y_train')
+    if not {*need}<={*data}:
+        raise ValueError(f"expected x_train and y_train in {file}, got {sorted(data)}")
+    return [torch.from_numpy(data[k]) for k in need]
+
+def _from_folder(folder):
+    found = [sorted(folder.glob(f'train-{kind}*ubyte*')) for kind in ('images', 'labels')]
+    if not all(found):
+        got = sorted(f.name for f in folder.iterdir())
+        raise ValueError("expected train-images-idx3-ubyte and train-labels-idx1-ubyte "
+                         f"(.gz or not) in {folder}, got {got}")
+    return [_read_idx(files[0]) for files in found]
 
 def _from_disk(path):
-    if not path.exists(): raise ValueError(f"expected a folder with MNIST or an .npz file, found nothing at {path}")
-    if path.suffix=='.npz':
-        data, need = np.load(path), ('x_train', 'y_train')
-        if not {*need}<={*data}: raise ValueError(f"expected x_train and y_train in {path}, got {sorted(data)}")
-        return [torch.from_numpy(data[k]) for k in need]
-    if path.is_file(): raise ValueError(f"expected a folder with MNIST or an .npz file, got the file {path}")
-    found = [sorted(path.glob(f'train-{kind}*ubyte*')) for kind in ('images', 'labels')]
-    if not all(found):
-        raise ValueError(f"expected train-images-idx3-ubyte and train-labels-idx1-ubyte (.gz or not) in {path}, "
-                         f"got {sorted(f.name for f in path.iterdir())}")
-    return [_read_idx(f[0]) for f in found]
+    wanted = "expected a folder with MNIST or an .npz file"
+    if not path.exists(): raise ValueError(f"{wanted}, found nothing at {path}")
+    if path.suffix=='.npz': return _from_npz(path)
+    if path.is_file(): raise ValueError(f"{wanted}, got the file {path}")
+    return _from_folder(path)
 
 def _from_sklearn():
     try: from sklearn.datasets import load_digits
     except ImportError as e:
-        raise ImportError("expected the package scikit-learn for its digits, which is not installed: "
-                          "pip install scikit-learn, or pass a folder with MNIST") from e
+        raise ImportError("expected the package scikit-learn for its digits, which is not "
+                          "installed: pip install scikit-learn, or pass a folder with MNIST") from e
     d = load_digits()
     return torch.from_numpy(d.images).float()/8-1, torch.from_numpy(d.target)
 
+def _from_anywhere(source, labels):
+    if source is None: return _from_sklearn()
+    if labels is None: return _from_disk(Path(source))
+    return torch.as_tensor(source), torch.as_tensor(labels)
+
 # %% ../../nbs/20_score.ipynb #ecc9ce03
 def digits(
-    source=None,      # None: scikit-learn's 8x8 digits. Else MNIST (folder or .npz), or pictures (uint8, or -1..1)
+    # None: scikit-learn's 8x8 digits. Else MNIST (folder or .npz), or pictures (uint8, or -1..1)
+    source=None,
     labels=None,      # One integer per picture, when `source` is pictures
     held_out:int=600, # How many to keep out of training
     seed:int=0,       # Of the shuffle before the split
-)->tuple:             # x (N,1,H,W) float32 in -1..1, y (N,) int64; then the same two of the held-out ones
+)->tuple:             # x (N,1,H,W) float32 in -1..1, y (N,) int64; then the held-out x and y
     "Handwritten digits, shuffled and split"
-    if source is None: x, y = _from_sklearn()
-    elif labels is None: x, y = _from_disk(Path(source))
-    else: x, y = torch.as_tensor(source), torch.as_tensor(labels)
+    x, y = _from_anywhere(source, labels)
     if x.dtype==torch.uint8: x = x/127.5-1
     x, y = check_pictures(x[:,None] if x.ndim==3 else x).float(), y.long()
-    if len(x)!=len(y): raise ValueError(f"expected one label per picture, got {len(x)} pictures and {len(y)} labels")
-    if not 0<held_out<len(x): raise ValueError(f"expected held_out between 1 and {len(x)-1}, got {held_out}")
+    if len(x)!=len(y):
+        raise ValueError("expected one label per picture, "
+                         f"got {len(x)} pictures and {len(y)} labels")
+    if not 0<held_out<len(x):
+        raise ValueError(f"expected held_out between 1 and {len(x)-1}, got {held_out}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return x[order[held_out:]], y[order[held_out:]], x[order[:held_out]], y[order[:held_out]]
+    held, kept = order[:held_out], order[held_out:]
+    return x[kept], y[kept], x[held], y[held]
 
 # %% ../../nbs/20_score.ipynb #cd2b8a2d
 def digit_images(
@@ -109,7 +128,7 @@ class Classifier(nn.Module):
 def scramble(
     x:torch.Tensor,                # (B,1,H,W)
     generator:torch.Generator=None,# On the CPU
-)->torch.Tensor:                   # Same shape: the same pixels in another order, a new order for every picture
+)->torch.Tensor:                   # Same shape and pixels, in a new order for every picture
     "Same ink, no shape"
     order = torch.rand(len(x), x[0].numel(), generator=generator).argsort(1).to(x.device)
     return x.flatten(1).gather(1, order).view(x.shape)
@@ -132,7 +151,8 @@ def finite_differences(
     "The gradient with one call of f per pixel, and one to start from"
     start, grad = f(x).item(), torch.zeros_like(x)
     for i in range(x.numel()):
-        moved = x.clone(); moved.view(-1)[i] += h
+        moved = x.clone()
+        moved.view(-1)[i] += h
         grad.view(-1)[i] = (f(moved).item()-start)/h
     return grad
 
@@ -165,8 +185,9 @@ def shift(
     "Move every picture a little, so that a classifier does not learn places by heart"
     B, _, H, W = x.shape
     dy, dx = torch.randint(0, 2*by+1, (2, B, 1), generator=generator)
-    rows, cols = dy+torch.arange(H), dx+torch.arange(W)
-    return F.pad(x, (by,)*4, value=-1.)[torch.arange(B)[:,None,None], 0, rows[:,:,None], cols[:,None,:]][:,None]
+    rows, cols = (dy+torch.arange(H))[:,:,None], (dx+torch.arange(W))[:,None,:]
+    each = torch.arange(B)[:,None,None]
+    return F.pad(x[:,0], (by,)*4, value=-1.)[each, rows, cols][:,None]
 
 def train_classifier(
     x:torch.Tensor,  # (N,1,H,W) in -1..1
@@ -178,12 +199,15 @@ def train_classifier(
 )->Classifier:
     "A classifier of digits, trained on the spot"
     check_pictures(x)
-    if y.min()<0 or y.max()>=classes: raise ValueError(f"expected classes 0..{classes-1}, got {y.min()}..{y.max()}")
-    torch.manual_seed(seed); net = Classifier(classes)
+    if y.min()<0 or y.max()>=classes:
+        raise ValueError(f"expected classes 0..{classes-1}, got {y.min()}..{y.max()}")
+    torch.manual_seed(seed)
+    net = Classifier(classes)
     def loss(net, g):
         i = torch.randint(len(x), (128,), generator=g)
         return F.cross_entropy(net(shift(x[i], g)), y[i])
-    fit(net, loss, steps, **dict(lr=2e-3, warmup=20, decay=True, ema=.99, seed=seed, progress=False)|kwargs)
+    usual = dict(lr=2e-3, warmup=20, decay=True, ema=.99, seed=seed, progress=False)
+    fit(net, loss, steps, **usual|kwargs)
     return net.eval().requires_grad_(False)
 
 def accuracy(

@@ -7,6 +7,7 @@ __all__ = ['folder', 'cell', 'core_subjects', 'look_alikes', 'atlas_entries', 'm
 
 # %% ../../nbs/60_atlas.ipynb #b8a7ff2c
 import html, json, re
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
@@ -16,70 +17,108 @@ folder = Path(str(files('sdlearn')/'atlas'))
 cell = 96            # side of one subject in the atlas, in pixels
 
 # %% ../../nbs/60_atlas.ipynb #ca9d9723
-core_subjects = '''🐶puppy,dog,dog face|🐱cat,kitten,cat face|🐼panda,panda bear|🦦otter|🦜parrot,macaw|🦒giraffe|🔥campfire,fire,flame|🧑‍🚀astronaut|🐎horse|🧸teddy bear,teddy
-🎩top hat|🐙octopus|🌻sunflower|🌹rose|🍎apple,red apple|🍌banana|🚗car,automobile|🚲bicycle,bike|🚀rocket|✈airplane,plane|⛵sailboat,boat|🎸guitar|🦊fox|🐺wolf|🦁lion|🐯tiger|🐻bear|🐨koala
-🐰rabbit,bunny|🐭mouse|🐹hamster|🐸frog|🐷pig|🐮cow|🐵monkey|🐔chicken|🐧penguin|🦉owl|🦆duck|🦅eagle|🦩flamingo|🦚peacock|🐢turtle|🐍snake|🐳whale|🐬dolphin|🐟fish|🦈shark
-🦀crab|🐌snail|🦋butterfly|🐝bee,honeybee|🐞ladybug,lady beetle|🐘elephant|🦓zebra|🦄unicorn|🐑sheep,ewe|🦔hedgehog|🦝raccoon|🦥sloth|🐉dragon|🦖dinosaur,T-Rex|🌵cactus|🌲pine tree,evergreen tree|🌴palm tree|🍄mushroom
-🍓strawberry|🍉watermelon|🍊orange,tangerine|🍋lemon|🍍pineapple|🍇grapes|🍒cherries|🥑avocado|🥕carrot|🌽corn,ear of corn|🍕pizza|🍔burger,hamburger|🍩donut,doughnut|🎂birthday cake,cake|🧁cupcake|🍦ice cream|☕coffee,cup of coffee,hot beverage|🫖teapot
-🏠house|🏰castle|🌋volcano|⛺tent|🚂train,steam train,locomotive|🚌bus|🚜tractor|🚒fire truck,fire engine|🚁helicopter|🛸flying saucer,ufo|⚽soccer ball,football|🏀basketball|🎈balloon|🎁gift,present,wrapped gift|🎄Christmas tree|⛄snowman
-👑crown|👟sneaker,running shoe|⏰alarm clock,clock|📷camera|💡light bulb|📚books|🎻violin|🥁drum|💎diamond,gem,gem stone|🤖robot|👻ghost|👽alien|💀skull|🎃pumpkin,jack-o-lantern|🌈rainbow|🌞sun,sun with face|🌙moon,crescent moon|⭐star'''
-look_alikes = set('🐕🐈🐅🐴🐄🐖🐇🐁🐲🐋🐒🦮🐣🐥🍏🌝🌚🌛🌜🌑🌒🌓🌔🌖🌗🌘🌕☀🌟✨🚄🚅🚃🚆🚇🚈🚉🚊🚝🚞🚋🚎🚐🚔🚖🚘🚍🌍🌎🌏🐪💮🕛🔉🔈🔇🔕🎶🔎🔒🔓🔏🔐📘📗📙📕📔📓🧡💛💚💙💜🤎🖤🤍💗💓💞💕💟♥💖🌥🌤🌨🌩🌧🌦⏳📂📆📄📃🗒🥈🥉📉📈💶💷💴📤📥📨⛷⚒🛫🛬🌄🌇🌃🌆☃🛥⛴👥☔⛱☂🌂📀💿')
-_skip = re.compile(r"skin tone|flag|keycap|arrow|button|\bmen\b|\bwomen\b|\bman\b|\bwoman\b|o’clock|thirty|square"
-                   r"|circle|diamond$|triangle|: (red|curly|white) hair|: bald"
-                   r"|face|sign$|sign |symbol|index|\bhand|\bfist|\bno |^no|suit$|grinning|smiling| cat$|monkey$"
-                   r"|person|people|kiss|couple|bubble$|question|exclamation|asterisk|mark$"
-                   r"|pointed|loop|heart$|hair$|bald|vertical|horizontal|middle finger|hundred|ZZZ|silhouette")
+core_subjects = '''\
+🐶puppy,dog,dog face|🐱cat,kitten,cat face|🐼panda,panda bear|🦦otter|🦜parrot,macaw|🦒giraffe|\
+🔥campfire,fire,flame|🧑‍🚀astronaut|🐎horse|🧸teddy bear,teddy
+🎩top hat|🐙octopus|🌻sunflower|🌹rose|🍎apple,red apple|🍌banana|🚗car,automobile|🚲bicycle,bike|\
+🚀rocket|✈airplane,plane|⛵sailboat,boat|🎸guitar|🦊fox|🐺wolf|🦁lion|🐯tiger|🐻bear|🐨koala
+🐰rabbit,bunny|🐭mouse|🐹hamster|🐸frog|🐷pig|🐮cow|🐵monkey|🐔chicken|🐧penguin|🦉owl|🦆duck|🦅eagle|\
+🦩flamingo|🦚peacock|🐢turtle|🐍snake|🐳whale|🐬dolphin|🐟fish|🦈shark
+🦀crab|🐌snail|🦋butterfly|🐝bee,honeybee|🐞ladybug,lady beetle|🐘elephant|🦓zebra|🦄unicorn|\
+🐑sheep,ewe|🦔hedgehog|🦝raccoon|🦥sloth|🐉dragon|🦖dinosaur,T-Rex|🌵cactus|🌲pine tree,evergreen tree|\
+🌴palm tree|🍄mushroom
+🍓strawberry|🍉watermelon|🍊orange,tangerine|🍋lemon|🍍pineapple|🍇grapes|🍒cherries|🥑avocado|🥕carrot|\
+🌽corn,ear of corn|🍕pizza|🍔burger,hamburger|🍩donut,doughnut|🎂birthday cake,cake|🧁cupcake|\
+🍦ice cream|☕coffee,cup of coffee,hot beverage|🫖teapot
+🏠house|🏰castle|🌋volcano|⛺tent|🚂train,steam train,locomotive|🚌bus|🚜tractor|\
+🚒fire truck,fire engine|🚁helicopter|🛸flying saucer,ufo|⚽soccer ball,football|🏀basketball|\
+🎈balloon|🎁gift,present,wrapped gift|🎄Christmas tree|⛄snowman
+👑crown|👟sneaker,running shoe|⏰alarm clock,clock|📷camera|💡light bulb|📚books|🎻violin|🥁drum|\
+💎diamond,gem,gem stone|🤖robot|👻ghost|👽alien|💀skull|🎃pumpkin,jack-o-lantern|🌈rainbow|\
+🌞sun,sun with face|🌙moon,crescent moon|⭐star'''
+look_alikes = set(
+    '🐕🐈🐅🐴🐄🐖🐇🐁🐲🐋🐒🦮🐣🐥🍏🌝🌚🌛🌜🌑🌒🌓🌔🌖🌗🌘🌕☀🌟✨🚄🚅🚃🚆🚇🚈🚉🚊🚝🚞🚋🚎🚐🚔🚖'
+    '🚘🚍🌍🌎🌏🐪💮🕛🔉🔈🔇🔕🎶🔎🔒🔓🔏🔐📘📗📙📕📔📓🧡💛💚💙💜🤎🖤🤍💗💓💞💕💟♥💖🌥🌤🌨🌩🌧🌦'
+    '⏳📂📆📄📃🗒🥈🥉📉📈💶💷💴📤📥📨⛷⚒🛫🛬🌄🌇🌃🌆☃🛥⛴👥☔⛱☂🌂📀💿')
+_skip = re.compile(r"skin tone|flag|keycap|arrow|button|\bmen\b|\bwomen\b|\bman\b|\bwoman\b|o’clock"
+                   r"|thirty|square|circle|diamond$|triangle|: (red|curly|white) hair|: bald"
+                   r"|face|sign$|sign |symbol|index|\bhand|\bfist|\bno |^no|suit$|grinning|smiling"
+                   r"| cat$|monkey$|person|people|kiss|couple|bubble$|question|exclamation|asterisk"
+                   r"|mark$|pointed|loop|heart$|hair$|bald|vertical|horizontal|middle finger"
+                   r"|hundred|ZZZ|silhouette")
+
+def _core(): # the table above, as entries
+    found = re.findall(r'([^\w|\n]+)([^|\n]+)', core_subjects)
+    return [dict(char=char, names=names.split(',')) for char, names in found]
+
+def _annotations(cldr): # character -> its name, and character -> its keywords
+    names, words = {}, {}
+    for part in ('annotations', 'annotationsDerived'):
+        xml = (Path(cldr)/part/'en.xml').read_text(encoding='utf8')
+        for char, tts, text in re.findall(r'<annotation cp="([^"]+)"( type="tts")?>([^<]*)<', xml):
+            if tts: names[char] = html.unescape(text)
+            else: words[char] = html.unescape(text).split(' | ')
+    return names, words
+
+def _things_first(names): # then faces and people
+    order = list(names)
+    first, animals, signs = map(order.index, '😀🐵🏧')
+    return order[animals:signs]+[*'🪩🪷🪸🪹🪺🛝🛞🛟🫘🫙🧌']+order[first:animals]
+
+def _rest(names, core): # characters besides the core that have a picture and a name of their own
+    chars = {e['char'] for e in core}|look_alikes
+    used = {n for e in core for n in e['names']}
+    return [c for c in _things_first(names)
+            if not (c in chars or _skip.search(names[c]) or names[c] in used)]
+
+def _is_a_name(word, name): # is this keyword another way to say the name?
+    return re.fullmatch('[a-z][a-z -]{2,20}', word) and (word in name or name in word)
 
 def atlas_entries(
     cldr:Path='/usr/share/unicode/cldr/common', # Unicode CLDR, with annotations/en.xml
 )->list:                                        # {char, names}, the core subjects first
     "Choose the subjects and their names from CLDR's names and keywords"
-    names, words = {}, {}
-    for part in ('annotations', 'annotationsDerived'):
-        for char, tts, text in re.findall(r'<annotation cp="([^"]+)"( type="tts")?>([^<]*)<',
-                                          (Path(cldr)/part/'en.xml').read_text(encoding='utf8')):
-            if tts: names[char] = html.unescape(text)
-            else: words[char] = html.unescape(text).split(' | ')
-    core = [(e[:len(e)-len(e.lstrip(''.join(set(e)-set('abcdefghijklmnopqrstuvwxyzTCRX-, '))))], e)
-            for e in core_subjects.replace('\n', '|').split('|')]
-    core = [dict(char=c, names=e[len(c):].split(',')) for c, e in core]
-    used = {n for e in core for n in e['names']}
-    order = list(names); first, animals, signs = map(order.index, '😀🐵🏧')
-    order = order[animals:signs]+[*'🪩🪷🪸🪹🪺🛝🛞🛟🫘🫙🧌']+order[first:animals] # things before faces and people
-    rest = [c for c in order if c not in {e['char'] for e in core}|look_alikes
-            and not _skip.search(names[c]) and names[c] not in used]
-    count = {}
+    names, words = _annotations(cldr)
+    entries = _core()
+    rest = _rest(names, entries)
+    used = {n for e in entries for n in e['names']}
+    count = Counter(w for c in rest for w in set(words.get(c, [])))
     for c in rest:
-        for w in set(words.get(c, [])): count[w] = count.get(w, 0)+1
-    for c in rest:
-        extra = [w for w in words.get(c, []) if count[w]==1 and w not in used
-                 and re.fullmatch('[a-z][a-z -]{2,20}', w) and (w in names[c] or names[c] in w)]
-        core.append(dict(char=c, names=list(dict.fromkeys([names[c]]+extra)))); used |= {names[c], *extra}
-    return core
+        extra = [w for w in words.get(c, [])
+                 if count[w]==1 and w not in used and _is_a_name(w, names[c])]
+        entries.append(dict(char=c, names=list(dict.fromkeys([names[c]]+extra))))
+        used |= {names[c], *extra}
+    return entries
+
+def _glyph(char, face): # on a sheet that is too wide for one character
+    im = Image.new('RGBA', (300, 150))
+    ImageDraw.Draw(im).text((0, 10), char, font=face, embedded_color=True)
+    return im
+
+def _cutouts(entries, font): # (entry, picture), without what the font lacks or draws twice
+    face = ImageFont.truetype(str(font), 109)
+    seen = {_glyph('\U0010ffff', face).tobytes()}        # how the font draws what it lacks
+    for e in entries:
+        im = _glyph(e['char'], face)
+        box = im.getbbox()
+        if not box or box[2]>150 or im.tobytes() in seen: continue
+        seen.add(im.tobytes())
+        im = ImageOps.pad(im.crop(box), (cell, cell), Image.LANCZOS)
+        if np.asarray(im)[..., 3].max()>0: yield e, im
 
 def make_atlas(
-    out:Path=folder,                                                       # Gets atlas.webp and subjects.json
-    font:Path='/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf',         # Noto Color Emoji, with bitmaps of 136x128
-    cldr:Path='/usr/share/unicode/cldr/common',                            # Unicode CLDR
-    cols:int=32,                                                           # Subjects in a row of the atlas
-)->int:                                                                    # Number of subjects
+    out:Path=folder,                                               # Gets atlas.webp, subjects.json
+    font:Path='/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf', # With bitmaps of 136x128
+    cldr:Path='/usr/share/unicode/cldr/common',                    # Unicode CLDR
+    cols:int=32,                                                   # Subjects in a row of the atlas
+)->int:                                                            # Number of subjects
     "Render every subject once from the font; characters the font lacks are left out"
-    face, pics, entries = ImageFont.truetype(str(font), 109), [], []
-    def draw(char):
-        im = Image.new('RGBA', (300, 150))
-        ImageDraw.Draw(im).text((0, 10), char, font=face, embedded_color=True)
-        return im
-    missing, seen = draw('\U0010ffff').tobytes(), set()
-    for e in atlas_entries(cldr):
-        im = draw(e['char'])
-        box = im.getbbox()
-        if not box or box[2]>150 or im.tobytes()==missing or im.tobytes() in seen: continue
-        seen.add(im.tobytes()); im = ImageOps.pad(im.crop(box), (cell, cell), Image.LANCZOS)
-        if np.asarray(im)[..., 3].max()==0: continue
-        pics.append(im); entries.append(e)
+    out = Path(out)
+    entries, pics = zip(*_cutouts(atlas_entries(cldr), font))
     sheet = Image.new('RGBA', (cols*cell, -(-len(pics)//cols)*cell))
     for i, im in enumerate(pics): sheet.paste(im, (i%cols*cell, i//cols*cell))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    sheet.save(Path(out)/'atlas.webp', lossless=True, quality=100, method=6, exact=False)
-    (Path(out)/'subjects.json').write_text('[\n'+',\n'.join(json.dumps(e, ensure_ascii=False) for e in entries)+'\n]\n', encoding='utf8')
+    out.mkdir(parents=True, exist_ok=True)
+    sheet.save(out/'atlas.webp', lossless=True, quality=100, method=6, exact=False)
+    rows = ',\n'.join(json.dumps(e, ensure_ascii=False) for e in entries)
+    (out/'subjects.json').write_text(f'[\n{rows}\n]\n', encoding='utf8')
     return len(entries)

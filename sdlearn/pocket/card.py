@@ -20,50 +20,73 @@ def facts(
     "What is known about a version of pocket, from the file pocket.json beside the weights"
     return json.loads((_folder(path)/'pocket.json').read_text(encoding='utf8'))
 
-def update_facts(path=None, **new):
+def update_facts(
+    path=None, # A checkpoint folder, with or without pocket.json; pocket when missing
+    **new,     # What is to be added or replaced, e.g. `metrics`
+):
     "Change what pocket.json says"
-    folder = _folder(path)
-    known = json.loads((folder/'pocket.json').read_text(encoding='utf8')) if (folder/'pocket.json').exists() else {}
-    (folder/'pocket.json').write_text(json.dumps(known|new, indent=1)+'\n', encoding='utf8')
+    file = _folder(path)/'pocket.json'
+    known = json.loads(file.read_text(encoding='utf8')) if file.exists() else {}
+    file.write_text(json.dumps(known|new, indent=1)+'\n', encoding='utf8')
 
-def subjects(path=None)->list:
+def subjects(
+    path=None, # A checkpoint folder; pocket when missing
+)->list:       # Their first names
     "The subjects that pocket was trained to draw"
     return scenes.subjects(facts(path)['subjects'])
 
-def held_out(path=None)->list:
+def held_out(
+    path=None, # A checkpoint folder; pocket when missing
+)->list:       # Tuples of three strings
     "(subject, style, background) of the pairs of known subjects that were kept out of all training"
     return scenes.held_out(facts(path)['subjects'])
 
 # %% ../../nbs/63_card.ipynb #2b644e65
+_card = """# pocket
+
+A small Stable Diffusion for teaching: {size:.1f} MB, {subjects} subjects, 128x128 pixels, \
+drawn on a CPU in seconds. It comes with the package `sdlearn`.
+
+- **Layout**: diffusers' (`StableDiffusionPipeline.from_pretrained(folder)`), plus `clip/`, \
+the image encoder that it was trained with.
+- **Data**: scenes composed by `sdlearn.pocket.scenes` from Noto Color Emoji \
+(SIL Open Font License 1.1), with names from Unicode CLDR (Unicode licence). \
+CLIP's vocabulary of 49,408 (MIT).
+- **Licence**: Apache-2.0 for the weights; see NOTICE for what they were made from.
+- **Training**: `python -m sdlearn.pocket train`; {training}
+- **Recommended and measured with**: {settings}
+
+| measured by `python -m sdlearn.pocket evaluate` | |
+|---|---|
+{table}
+
+**Known failures.** {failures}
+"""
+
+def _rows(m): # what was measured -> (name, number)
+    seen, new = m.get('seen', {}), m.get('held_out', {})
+    return [('VAE, picture in and out', f"PSNR {m.get('vae_psnr')} dB"),
+            ('top-1 of "a picture of X", by CLIP', seen.get('clip_top1')),
+            ('the same, by pixel distance', seen.get('pixel_top1')),
+            *((f'{m.get("pairs")} held-out pairs: {k.replace("_", " right, by ")}', v)
+              for k, v in new.items()),
+            *((k.replace('_', ' '), v) for k, v in m.items() if k.startswith('rms'))]
+
 def model_card(
     path=None, # A checkpoint folder with pocket.json; pocket when missing
 )->str:        # Markdown
     "The model card, with the numbers of pocket.json"
-    folder, f = _folder(path), facts(path)
-    m, size = f.get('metrics', {}), sum(p.stat().st_size for p in folder.rglob('*.safetensors'))/1e6
-    seen, new = m.get('seen', {}), m.get('held_out', {})
-    rows = [('VAE, picture in and out', f"PSNR {m.get('vae_psnr')} dB"),
-            ('top-1 of "a picture of X", by CLIP', seen.get('clip_top1')),
-            ('the same, by pixel distance', seen.get('pixel_top1')),
-            *((f'{m.get("pairs")} held-out pairs: {k.replace("_", " right, by ")}', v) for k, v in new.items()),
-            *((k.replace('_', ' '), v) for k, v in m.items() if k.startswith('rms'))]
-    return f"""# pocket
+    known = facts(path)
+    m = known.get('metrics', {})
+    return _card.format(
+        size=sum(f.stat().st_size for f in _folder(path).rglob('*.safetensors'))/1e6,
+        subjects=known['subjects'], training=known.get('training', ''),
+        settings=', '.join(f'{k} {v}' for k, v in m.get('settings', {}).items()),
+        table='\n'.join(f'| {name} | {number} |' for name, number in _rows(m)),
+        failures=known.get('failures', ''))
 
-A small Stable Diffusion for teaching: {size:.1f} MB, {f['subjects']} subjects, 128x128 pixels, drawn on a CPU in seconds. It comes with the package `sdlearn`.
-
-- **Layout**: diffusers' (`StableDiffusionPipeline.from_pretrained(folder)`), plus `clip/`, the image encoder that it was trained with.
-- **Data**: scenes composed by `sdlearn.pocket.scenes` from Noto Color Emoji (SIL Open Font License 1.1), with names from Unicode CLDR (Unicode licence). CLIP's vocabulary of 49,408 (MIT).
-- **Licence**: Apache-2.0 for the weights; see NOTICE for what they were made from.
-- **Training**: `python -m sdlearn.pocket train`; {f.get('training', '')}
-- **Recommended and measured with**: {', '.join(f'{k} {v}' for k, v in m.get('settings', {}).items())}
-
-| measured by `python -m sdlearn.pocket evaluate` | |
-|---|---|
-"""+'\n'.join(f'| {k} | {v} |' for k, v in rows)+f"""
-
-**Known failures.** {f.get('failures', '')}
-"""
-
-def write_card(path=None):
+def write_card(
+    path=None, # A checkpoint folder with pocket.json; pocket when missing
+):
     "Put the card beside the weights"
     (_folder(path)/'README.md').write_text(model_card(path), encoding='utf8')

@@ -7,6 +7,7 @@ __all__ = ['rivals', 'taken_for', 'evaluate_vae', 'draw_all', 'evaluate_seen', '
 
 # %% ../../nbs/65_evaluate.ipynb #9a70bf30
 import argparse, json
+from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 import torch
@@ -25,17 +26,17 @@ from ..vae import decode, encode
 def rivals(
     pair:tuple,  # (subject, style, background)
     names:list,  # Subjects to choose from
-)->dict:         # 'subject', and 'style' or 'background', whichever the pair is about: tuples of scenes
+)->dict:         # 'subject', and 'style' or 'background', as the pair is about: tuples of scenes
     "Scenes that differ from this one in one thing"
     s, style, back = pair
-    new = (dict(style=tuple((s, k, back) for k in styles)) if style!='plain' else
-           dict(background=tuple((s, style, k) for k in backgrounds)))
-    return dict(subject=tuple((n, style, back) for n in names), **new)
+    subject = tuple((n, style, back) for n in names)
+    if style!='plain': return dict(subject=subject, style=tuple((s, k, back) for k in styles))
+    return dict(subject=subject, background=tuple((s, style, k) for k in backgrounds))
 
 @lru_cache(8)
 def _looks(pairs): return pixel_features([render(*p)[0] for p in pairs])
 @lru_cache(8)
-def _words(pairs, path): return load_clip(path).text_features([caption(*p) for p in pairs])
+def _words(pairs, clip): return clip.text_features([caption(*p) for p in pairs])
 
 @torch.no_grad()
 def taken_for(
@@ -44,87 +45,153 @@ def taken_for(
     path=None,     # A checkpoint folder, whose CLIP judges; pocket when missing
 )->tuple:          # (scene by CLIP, scene by pixels)
     "Which scene do the two judges see?"
-    by_clip = (load_clip(path).image_features(images_to_tensor([image]))@_words(options, path).T).argmax()
-    return options[by_clip], options[torch.cdist(pixel_features([image]), _looks(options)).argmin()]
+    clip = load_clip(path)
+    likeness = clip.image_features(images_to_tensor([image]))@_words(options, clip).T
+    distance = torch.cdist(pixel_features([image]), _looks(options))
+    return options[likeness.argmax()], options[distance.argmin()]
 
 # %% ../../nbs/65_evaluate.ipynb #03c5fadd
 @torch.no_grad()
-def evaluate_vae(vae, names, n=128):
+def evaluate_vae(
+    vae,         # `VAE` or diffusers' AutoencoderKL
+    names:list,  # The known subjects: the pictures are of them
+    n:int=128,   # How many pictures
+)->float:        # Decibels
     "PSNR of pictures through the autoencoder and back, in decibels"
-    x = images_to_tensor([render(*scenes.scene(10**7+i, len(names)), seed=10**7+i)[0] for i in range(n)])
-    return round(psnr(torch.cat([decode(vae, encode(vae, b)) for b in x.split(16)]).clamp(-1, 1), x), 2)
+    x = images_to_tensor([render(*scenes.scene(i, len(names)), seed=i)[0]
+                          for i in range(10**7, 10**7+n)])
+    back = torch.cat([decode(vae, encode(vae, b)) for b in x.split(16)])
+    return round(psnr(back.clamp(-1, 1), x), 2)
 
 # %% ../../nbs/65_evaluate.ipynb #a237199b
-def draw_all(sd, prompts, seed=0, bs=8, **kw):
+def draw_all(
+    sd,            # From `load_sd`
+    prompts:list,  # Strings
+    seed:int=0,    # Picture `i` is drawn from `seed+i`
+    bs:int=8,      # Pictures at a time
+    **kw,          # For `txt2img`
+)->list:           # One PIL picture per prompt
     "Pictures for many prompts, in batches"
     from tqdm.auto import tqdm
-    return [im for i in tqdm(range(0, len(prompts), bs), desc='drawing', disable=len(prompts)<99)
+    batches = tqdm(range(0, len(prompts), bs), desc='drawing', disable=len(prompts)<99)
+    return [im for i in batches
             for im in txt2img(sd, prompts[i:i+bs], seed=seed+i, progress=False, **kw)]
 
-def evaluate_seen(sd, names, **kw):
+def evaluate_seen(
+    sd,          # From `load_sd`
+    names:list,  # Subjects to draw
+    **kw,        # For `txt2img`
+)->tuple:        # (`clip_top1` and `pixel_top1`, shares in 0..1; the pictures)
     "Top-1 retrieval of 'a picture of X' among all known subjects, by CLIP and by pixels"
     images = draw_all(sd, [caption(s) for s in names], **kw)
     options = tuple((s, 'plain', 'white') for s in subjects(sd.path))
-    found = [[seen[0]==s for seen in taken_for(im, options, sd.path)] for im, s in zip(images, names)]
+    found = [[seen[0]==s for seen in taken_for(im, options, sd.path)]
+             for im, s in zip(images, names)]
     return dict(zip(('clip_top1', 'pixel_top1'), map(share, zip(*found)))), images
 
-def evaluate_held_out(sd, pairs, names, **kw):
+def evaluate_held_out(
+    sd,          # From `load_sd`
+    pairs:list,  # (subject, style, background) to draw
+    names:list,  # Subjects that each could be taken for
+    **kw,        # For `txt2img`
+)->tuple:        # (e.g. `style_clip`, shares in 0..1; the pictures)
     "The same for compositions never trained on: is the subject right, the style, the background?"
-    images, right = draw_all(sd, [caption(*p) for p in pairs], **kw), {}
+    images = draw_all(sd, [caption(*p) for p in pairs], **kw)
+    right = defaultdict(list)
     for im, pair in zip(images, pairs):
         for what, options in rivals(pair, names).items():
             for judge, seen in zip(('clip', 'pixel'), taken_for(im, options, sd.path)):
-                right.setdefault(f'{what}_{judge}', []).append(seen==pair)
+                right[f'{what}_{judge}'].append(seen==pair)
     return {k: share(v) for k, v in right.items()}, images
+
+def _pick(pairs, limit): # by style and background: one row of the sheet, one set of rivals
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:limit]
+    return sorted((pairs[i] for i in order), key=lambda p: p[1:])
+
+def _fewer_steps(sd, names, **kw): # how far from the picture of 50 steps
+    drawn = {n: draw_all(sd, [caption(s) for s in names], **kw|dict(num_inference_steps=n))
+             for n in (4, 10, 20, 50)}
+    *few, full = map(pixel_features, drawn.values())
+    return {f'rms_{n}_vs_50_steps': round((x-full).pow(2).mean().sqrt().item(), 3)
+            for n, x in zip(drawn, few)}
+
+def _save_sheets(folder, **sheets):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, images in sheets.items():
+        image_grid(images, cols=16).save(Path(folder)/f'{name}.png')
 
 def evaluate(
     path=None,                  # A checkpoint folder; pocket when missing
-    num_inference_steps:int=30, guidance_scale:float=None, sampler:str='dpmpp_2m', # As in `txt2img`
+    num_inference_steps:int=30, # As in `txt2img`
+    guidance_scale:float=None,  # What the checkpoint recommends when missing
+    sampler:str='dpmpp_2m',     # As in `txt2img`
     limit:int=None,             # Only so many subjects and held-out pairs, for a quick look
     out=None,                   # Folder for contact sheets
 )->dict:                        # The numbers of the model card
     "Measure a checkpoint: run this before its weights are replaced"
-    sd, names, pairs = load_sd(path, networks='own'), subjects(path), held_out(path)
-    kw = dict(num_inference_steps=num_inference_steps,
-              guidance_scale=sd.guidance_scale if guidance_scale is None else guidance_scale, sampler=sampler)
-    pick = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:limit]
-    # by style and background: one row of the sheet, one set of rivals
-    pairs = sorted((pairs[i] for i in pick), key=lambda p: p[1:])
+    sd = load_sd(path, networks='own')
+    names = subjects(path)
+    pairs = _pick(held_out(path), limit)
+    if guidance_scale is None: guidance_scale = sd.guidance_scale
+    kw = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+              sampler=sampler)
     m = dict(settings=kw, pairs=len(pairs), vae_psnr=evaluate_vae(sd.vae, names))
     m['seen'], seen = evaluate_seen(sd, names[:limit], **kw)
     m['held_out'], unseen = evaluate_held_out(sd, pairs, names, **kw)
-    shots = {n: pixel_features(draw_all(sd, [caption(s) for s in names[:16]], **kw|dict(num_inference_steps=n)))
-             for n in (4, 10, 20, 50)}
-    for n in (4, 10, 20): m[f'rms_{n}_vs_50_steps'] = round((shots[n]-shots[50]).pow(2).mean().sqrt().item(), 3)
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        image_grid(seen, cols=16).save(Path(out)/'seen.png'); image_grid(unseen, cols=16).save(Path(out)/'held_out.png')
+    m |= _fewer_steps(sd, names[:16], **kw)
+    if out: _save_sheets(out, seen=seen, held_out=unseen)
     return m
 
 # %% ../../nbs/65_evaluate.ipynb #0f29bc88
-def main(argv=None):
-    "python -m sdlearn.pocket train | evaluate | card"
-    p = argparse.ArgumentParser('sdlearn.pocket', description='Train, measure and describe the embedded checkpoint')
-    sub = p.add_subparsers(dest='do', required=True)
-    t = sub.add_parser('train', help='train from zero, or resume')
-    t.add_argument('--run', default='runs/pocket'); t.add_argument('--out', default='runs/pocket/checkpoint')
-    t.add_argument('--subjects', type=int, default=320)
+def _train_options(add):
+    add('--run', default='runs/pocket')
+    add('--out', default='runs/pocket/checkpoint')
+    add('--subjects', type=int, default=320)
     for k, v in dict(vae=1300, clip=1000, unet=10000, decoder=5000, image=1700).items():
-        t.add_argument(f'--{k}-steps', type=int, default=v)
-    t.add_argument('--precision', default='bf16', choices=['no', 'bf16', 'fp16'])
-    e = sub.add_parser('evaluate', help='measure, and keep the numbers in pocket.json and the card')
-    e.add_argument('path', nargs='?'); e.add_argument('--limit', type=int)
-    e.add_argument('--steps', type=int, default=30); e.add_argument('--guidance', type=float)
-    e.add_argument('--sampler', default='dpmpp_2m'); e.add_argument('--sheets')
-    e.add_argument('--keep', action='store_true', help='write the numbers into the checkpoint folder')
+        add(f'--{k}-steps', type=int, default=v)
+    add('--precision', default='bf16', choices=['no', 'bf16', 'fp16'])
+
+def _evaluate_options(add):
+    add('path', nargs='?')
+    add('--limit', type=int)
+    add('--steps', type=int, default=30)
+    add('--guidance', type=float)
+    add('--sampler', default='dpmpp_2m')
+    add('--sheets')
+    add('--keep', action='store_true', help='write the numbers into the checkpoint folder')
+
+def _parser():
+    p = argparse.ArgumentParser('sdlearn.pocket',
+                                description='Train, measure and describe the embedded checkpoint')
+    sub = p.add_subparsers(dest='do', required=True)
+    _train_options(sub.add_parser('train', help='train from zero, or resume').add_argument)
+    _evaluate_options(sub.add_parser(
+        'evaluate', help='measure, and keep the numbers in pocket.json and the card').add_argument)
     sub.add_parser('card', help='write the model card again').add_argument('path', nargs='?')
+    return p
+
+def _train(a):
+    print(train(a.run, a.out, a.subjects, a.vae_steps, a.clip_steps, a.unet_steps, a.precision,
+                a.decoder_steps, a.image_steps))
+
+def _evaluate(a):
+    m = evaluate(a.path, a.steps, a.guidance, a.sampler, a.limit, a.sheets)
+    print(json.dumps(m, indent=1))
+    if a.keep:
+        update_facts(a.path, metrics=m)
+        write_card(a.path)
+
+def _card(a):
+    write_card(a.path)
+    print(model_card(a.path))
+
+def main(
+    argv:list=None, # Arguments; those of the command line when missing
+):
+    "python -m sdlearn.pocket train | evaluate | card"
+    p = _parser()
     a = p.parse_args(argv)
     if a.do=='evaluate' and a.keep and a.limit:
-        p.error('expected --keep without --limit: the card has the numbers of all subjects and pairs')
-    if a.do=='train':
-        print(train(a.run, a.out, a.subjects, a.vae_steps, a.clip_steps, a.unet_steps, a.precision,
-                    a.decoder_steps, a.image_steps))
-    if a.do=='evaluate':
-        m = evaluate(a.path, a.steps, a.guidance, a.sampler, a.limit, a.sheets); print(json.dumps(m, indent=1))
-        if a.keep: update_facts(a.path, metrics=m); write_card(a.path)
-    if a.do=='card': write_card(a.path); print(model_card(a.path))
+        p.error('expected --keep without --limit: '
+                'the card has the numbers of all subjects and pairs')
+    dict(train=_train, evaluate=_evaluate, card=_card)[a.do](a)

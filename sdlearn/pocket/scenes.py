@@ -15,11 +15,16 @@ from .atlas import cell, folder
 
 # %% ../../nbs/61_scenes.ipynb #2dc87eb0
 styles = {           # style -> the words for it; {s} is the subject with its article
-    'plain': ('a picture of {s}', 'a photo of {s}', 'an image of {s}', '{s}', 'a photograph of {s}'),
-    'watercolor': ('a watercolor painting of {s}', 'a watercolor of {s}', '{s}, watercolor', '{s} (watercolor)'),
-    'oil painting': ('an oil painting of {s}', '{s} (oil on canvas)', '{s}, oil painting', 'an oil on canvas of {s}'),
-    'pencil sketch': ('a pencil sketch of {s}', 'a pencil drawing of {s}', '{s}, pencil sketch', 'a sketch of {s}'),
-    'pixel art': ('pixel art of {s}', 'a pixel art picture of {s}', '{s}, pixel art', '{s} in pixel art style'),
+    'plain': ('a picture of {s}', 'a photo of {s}', 'an image of {s}', '{s}',
+              'a photograph of {s}'),
+    'watercolor': ('a watercolor painting of {s}', 'a watercolor of {s}',
+                   '{s}, watercolor', '{s} (watercolor)'),
+    'oil painting': ('an oil painting of {s}', '{s} (oil on canvas)',
+                     '{s}, oil painting', 'an oil on canvas of {s}'),
+    'pencil sketch': ('a pencil sketch of {s}', 'a pencil drawing of {s}',
+                      '{s}, pencil sketch', 'a sketch of {s}'),
+    'pixel art': ('pixel art of {s}', 'a pixel art picture of {s}',
+                  '{s}, pixel art', '{s} in pixel art style'),
 }
 backgrounds = {      # background -> its words, appended to the subject
     'white': ('', ' on a white background'),
@@ -50,19 +55,22 @@ def subjects(
     return [e['names'][0] for e in _entries()[:n]]
 
 @lru_cache
-def _index(): return {name: i for i, e in reversed(list(enumerate(_entries()))) for name in e['names']}
+def _index(): # every name -> its place in the atlas, the first of them when two subjects share it
+    return {name: i for i, e in reversed([*enumerate(_entries())]) for name in e['names']}
+
+def _unknown(subject):
+    from difflib import get_close_matches
+    near = get_close_matches(subject, _index(), 5, 0.5)
+    hint = f"Did you mean {', '.join(near)}?" if near else "See sdlearn.pocket.subjects()."
+    return ValueError(f"expected one of {len(_entries())} subjects, got {subject!r}. {hint}")
 
 def find(
     subject:str,  # A subject's name or one of its keywords, e.g. "puppy" or "dog"
 )->dict:          # `names`, `char`, and `i`, its place in the atlas
     "Look a subject up; an unknown one raises with the nearest names"
-    if subject not in _index():
-        from difflib import get_close_matches
-        near = get_close_matches(subject, _index(), 5, 0.5)
-        raise ValueError(f"expected one of {len(_entries())} subjects, got {subject!r}. "
-                         + (f"Did you mean {', '.join(near)}?" if near else "See sdlearn.pocket.subjects()."))
+    if subject not in _index(): raise _unknown(subject)
     i = _index()[subject]
-    return _entries()[i] | dict(i=i)
+    return _entries()[i]|dict(i=i)
 
 def cutout(
     subject:str,  # A name from `subjects()`
@@ -73,18 +81,25 @@ def cutout(
     return _sheet().crop((x, y, x+cell, y+cell))
 
 # %% ../../nbs/61_scenes.ipynb #9e89825d
+_no_article = re.compile('(?<![suo])s$|people'                               # plurals
+                         '|bread|^fire$|^honey$|wood$|broccoli|popcorn|sushi|bacon|garlic|^the ')
+_vowel = re.compile('(?!uni|euro|one|ute|ufo|ewe)[aeiou]|hour|honest')
+
 def article(
     name:str,  # A noun, e.g. "otter"
 )->str:        # With its article, e.g. "an otter"; plurals and mass nouns stay as they are
     "a, an, or nothing"
-    alone = r'(?<![suo])s$|people|bread|^fire$|^honey$|wood$|broccoli|popcorn|sushi|bacon|garlic|^the ' # plural, or mass
-    if re.search(alone, name): return name
-    return ('an ' if re.match('(?!uni|euro|one|ute|ufo|ewe)[aeiou]|hour|honest', name.lower()) else 'a ')+name
+    if _no_article.search(name): return name
+    return ('an ' if _vowel.match(name.lower()) else 'a ')+name
 
-def check_scene(style, background):
+def check_scene(
+    style:str,      # Should be a key of `styles`
+    background:str, # Should be a key of `backgrounds`
+):
     "Is there such a style and such a background?"
-    for word, options, kind in ((style, styles, 'style'), (background, backgrounds, 'background')):
-        if word not in options: raise ValueError(f"expected a {kind} among {', '.join(options)}, got {word!r}")
+    for kind, word, known in (('style', style, styles), ('background', background, backgrounds)):
+        if word not in known:
+            raise ValueError(f"expected a {kind} among {', '.join(known)}, got {word!r}")
 
 def caption(
     subject:str,            # A name or keyword; used as it is
@@ -104,43 +119,39 @@ def _gradient(*stops): # stops: (height 0..1, (r,g,b)); a 1-pixel wide column, s
     col = np.stack([np.interp(y, ys, c) for c in np.array(cs, float).T], -1)
     return Image.fromarray(col.round().astype('uint8')[:, None]).resize((128, 128), Image.BILINEAR)
 
-def _blobs(im, rng, n, color, size, y=(0, 1), tall=1): # soft ellipses, for clouds, trees, bubbles, stars
+def _blobs(im, rng, n, color, size, y=(0, 1), tall=1): # soft ellipses: clouds, bubbles, stars
     d = ImageDraw.Draw(im)
     for _ in range(n):
         cx, cy, r = rng.uniform(0, 128), rng.uniform(*y)*128, rng.uniform(*size)
         d.ellipse((cx-r, cy-r*tall, cx+r, cy+r*tall), fill=color)
-    return im
 
-def _beach(r):
-    return _blobs(_gradient((0,(120,200,250)),(.4,(190,230,250)),(.42,(40,150,200)),
-                            (.6,(90,200,210)),(.64,(245,225,170)),(1,(230,200,140))),
-                  r, 3, (255,255,255), (5,9), (.05,.2), .5)
-def _snow(r):
-    return _blobs(_gradient((0,(170,200,225)),(.55,(225,235,245)),(.6,(250,252,255)),(1,(215,228,242))),
-                  r, 14, (255,255,255), (1.5,3), (0,.6))
-def _forest(r):
-    im = _gradient((0,(140,190,150)),(.5,(60,120,70)),(.7,(40,90,45)),(1,(70,60,35)))
+def _trees(im, rng):
     d = ImageDraw.Draw(im)
-    for x in np.arange(6, 128, 20)+r.uniform(-4, 4, 7):
+    for x in np.arange(6, 128, 20)+rng.uniform(-4, 4, 7):
         d.rectangle((x-2, 60, x+2, 100), fill=(75,50,30))
-        d.polygon(((x-13,78),(x,8),(x+13,78)), fill=(25,85+int(r.uniform(0,30)),45))
-    return im
-def _night(r):
-    return _blobs(_blobs(_gradient((0,(8,10,45)),(.7,(30,35,95)),(1,(20,25,50))), r, 16, (240,240,255), (.8,1.8)),
-                  r, 1, (250,240,190), (9,10), (.1,.18))
-def _meadow(r):
-    return _blobs(_gradient((0,(110,190,250)),(.45,(200,235,255)),(.5,(120,200,80)),(1,(50,140,50))),
-                  r, 12, (250,220,70), (1.5,2.5), (.6,1))
-def _desert(r):
-    return _blobs(_gradient((0,(250,200,120)),(.5,(255,230,180)),(.53,(220,150,80)),(1,(190,110,50))),
-                  r, 1, (255,245,200), (10,11), (.12,.2))
-def _sunset(r):
-    return _blobs(_gradient((0,(70,30,110)),(.35,(210,70,90)),(.6,(255,160,60)),(.64,(120,50,80)),(1,(40,20,60))),
-                  r, 1, (255,230,120), (14,15), (.5,.52))
-def _ocean(r): return _blobs(_gradient((0,(90,210,230)),(.5,(20,110,180)),(1,(5,35,95))), r, 10, (170,230,245), (1.5,4))
+        d.polygon(((x-13,78),(x,8),(x+13,78)), fill=(25,85+int(rng.uniform(0,30)),45))
 
-_scenes = dict(beach=_beach, snow=_snow, forest=_forest, night=_night,
-               meadow=_meadow, desert=_desert, sunset=_sunset, ocean=_ocean)
+_skies = dict( # stops of the gradient, from the top down
+    beach=((0,(120,200,250)), (.4,(190,230,250)), (.42,(40,150,200)),
+           (.6,(90,200,210)), (.64,(245,225,170)), (1,(230,200,140))),
+    snow=((0,(170,200,225)), (.55,(225,235,245)), (.6,(250,252,255)), (1,(215,228,242))),
+    forest=((0,(140,190,150)), (.5,(60,120,70)), (.7,(40,90,45)), (1,(70,60,35))),
+    night=((0,(8,10,45)), (.7,(30,35,95)), (1,(20,25,50))),
+    meadow=((0,(110,190,250)), (.45,(200,235,255)), (.5,(120,200,80)), (1,(50,140,50))),
+    desert=((0,(250,200,120)), (.5,(255,230,180)), (.53,(220,150,80)), (1,(190,110,50))),
+    sunset=((0,(70,30,110)), (.35,(210,70,90)), (.6,(255,160,60)),
+            (.64,(120,50,80)), (1,(40,20,60))),
+    ocean=((0,(90,210,230)), (.5,(20,110,180)), (1,(5,35,95))),
+)
+_things = dict( # what is in it, in the order in which it is drawn: arguments of `_blobs`
+    beach=[(3, (255,255,255), (5,9), (.05,.2), .5)],                                # clouds
+    snow=[(14, (255,255,255), (1.5,3), (0,.6))],                                    # flakes
+    night=[(16, (240,240,255), (.8,1.8)), (1, (250,240,190), (9,10), (.1,.18))],    # stars, moon
+    meadow=[(12, (250,220,70), (1.5,2.5), (.6,1))],                                 # flowers
+    desert=[(1, (255,245,200), (10,11), (.12,.2))],                                 # sun
+    sunset=[(1, (255,230,120), (14,15), (.5,.52))],                                 # sun
+    ocean=[(10, (170,230,245), (1.5,4))],                                           # bubbles
+)
 _colors = dict(white=(255,255,255), red=(215,45,45), blue=(45,95,215),
                green=(50,160,75), yellow=(250,205,60), purple=(125,65,175))
 
@@ -149,39 +160,44 @@ def backdrop(
     rng,             # numpy Generator: where the clouds, trees and stars are
 )->Image.Image:      # RGB, 128x128
     "The scene behind the subject"
-    if background in _scenes: return _scenes[background](rng)
     check_scene('plain', background)
-    return Image.new('RGB', (128, 128), _colors[background])
+    if background in _colors: return Image.new('RGB', (128, 128), _colors[background])
+    im = _gradient(*_skies[background])
+    if background=='forest': _trees(im, rng)
+    for blobs in _things.get(background, ()): _blobs(im, rng, *blobs)
+    return im
 
 # %% ../../nbs/61_scenes.ipynb #9fe9874a
 def _array(im): return np.asarray(im, dtype=np.float32)/255
 def _image(a): return Image.fromarray((a.clip(0, 1)*255).round().astype('uint8'))
 
 @lru_cache
-def _texture(kind, side=128): # one fixed sheet of paper or canvas, so that it can be learned
-    g = np.random.default_rng(0)
-    if kind == 'paper': # soft stains
-        low = np.asarray(Image.fromarray((g.random((9, 9))*255).astype('uint8'))
-                         .resize((side, side), Image.BICUBIC), np.float32)/255
-        return low[..., None]
-    y, x = np.mgrid[:side, :side]
-    return (np.sin((x+y)*np.pi/4)*.5)[..., None].astype(np.float32) # diagonal brush strokes, 8 px apart
+def _paper(): # soft stains, always the same ones, so that they can be learned
+    stains = (np.random.default_rng(0).random((9, 9))*255).astype('uint8')
+    return _array(Image.fromarray(stains).resize((128, 128), Image.BICUBIC))[..., None]
+
+@lru_cache
+def _strokes(): # of a brush: diagonal, 8 pixels apart
+    y, x = np.mgrid[:128, :128]
+    return (np.sin((x+y)*np.pi/4)*.5)[..., None].astype(np.float32)
 
 def _watercolor(im): # pale washes with soft borders and a darker rim, on stained paper
     soft = im.filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(1))
-    rim = _array(ImageChops.difference(soft.convert('L'),
-                                       soft.convert('L').filter(ImageFilter.GaussianBlur(3))))[..., None]
-    wash = 1-(1-_array(soft))*(.45+.45*_texture('paper'))
+    grey = soft.convert('L')
+    rim = _array(ImageChops.difference(grey, grey.filter(ImageFilter.GaussianBlur(3))))[..., None]
+    wash = 1-(1-_array(soft))*(.45+.45*_paper())
     return _image(wash-1.1*rim*(1.1-_array(soft)))
 
 def _oil(im): # flat dabs, strong colours, strokes in relief
     a = _array(im.filter(ImageFilter.MedianFilter(7)).filter(ImageFilter.SMOOTH))
     grey = a.mean(-1, keepdims=True)
-    return _image(((grey+1.4*(a-grey))*.9+_texture('strokes')*.07)*np.array([1, .97, .88], np.float32))
+    strong = (grey+1.4*(a-grey))*.9
+    return _image((strong+_strokes()*.07)*np.array([1, .97, .88], np.float32))
 
 def _pencil(im): # colour dodge of the inverted blur: lines where brightness changes
     g = _array(im.convert('L'))
-    blur = _array(Image.fromarray((255*(1-g)).astype('uint8')).filter(ImageFilter.GaussianBlur(2.5)))
+    inverted = Image.fromarray((255*(1-g)).astype('uint8'))
+    blur = _array(inverted.filter(ImageFilter.GaussianBlur(2.5)))
     line = (g/np.maximum(1-blur, .04)).clip(0, 1)**1.5
     tone = .80+.2*g
     return _image(np.repeat((line*tone)[..., None], 3, -1)*np.array([.98, .97, .94], np.float32))
@@ -201,38 +217,44 @@ def stylize(
     return _ops[style](im)
 
 # %% ../../nbs/61_scenes.ipynb #eb49fafb
+def _paste(im, subject, size, position):
+    s = max(1, round(size*128))
+    sub = cutout(subject).resize((s, s), Image.LANCZOS)
+    im.paste(sub, tuple(round(p*128-s/2) for p in position), sub)
+
 def render(
     subject:str,            # A name from `subjects()` or one of its keywords
     style:str='plain',      # A key of `styles`
     background:str='white', # A key of `backgrounds`
     size:float=.8,          # Side of the subject as a share of the picture, 0..1
     position:tuple=(.5,.5), # Centre of the subject, x and y as shares of the picture
-    seed:int=None,          # Varies wording, place, size and backdrop a little; None: the standard view
+    seed:int=None,          # Varies words, place, size, backdrop a little; None: the standard view
     side:int=128,           # Pixels
 )->tuple:                   # (RGB picture, caption)
     "A training picture and its caption"
     rng = np.random.default_rng(0 if seed is None else seed)
     text = caption(subject, style, background, None if seed is None else rng)
-    if seed is not None: size, position = size*rng.uniform(.94, 1.06), tuple(p+rng.uniform(-.03, .03) for p in position)
-    im, s = backdrop(background, rng), max(1, round(size*128))
-    sub = cutout(subject).resize((s, s), Image.LANCZOS)
-    im.paste(sub, tuple(round(p*128-s/2) for p in position), sub)
+    if seed is not None:
+        size *= rng.uniform(.94, 1.06)
+        position = [p+rng.uniform(-.03, .03) for p in position]
+    im = backdrop(background, rng)
+    _paste(im, subject, size, position)
     im = stylize(im, style)
     return (im if side==128 else im.resize((side, side), Image.LANCZOS)), text
 
 # %% ../../nbs/61_scenes.ipynb #f3f2e5ff
-def _share(*words): # a stable number in 0..1 for some words: no list to store, the same on every machine
+def _share(*words): # a number in 0..1 for some words: no list to store, the same everywhere
     return int(hashlib.sha256('|'.join(words).encode()).hexdigest()[:8], 16)/16**8
 
 def is_held_out(
     subject:str,    # First name of a subject
     style:str,      # A key of `styles`
     background:str, # A key of `backgrounds`
-    share:float=.1, # Share of (subject, style) and of (subject, background) pairs kept out of training
+    share:float=.1, # Of (subject, style) and of (subject, background) pairs kept out of training
 )->bool:            # Never true of the plain picture on white
     "Is this scene kept out of training?"
-    return ((style!='plain' and _share(subject, style)<share) or
-            (background!='white' and _share(subject, background)<share))
+    return (style!='plain' and _share(subject, style)<share
+            or background!='white' and _share(subject, background)<share)
 
 def held_out(
     n:int=None,  # Only among the first `n` subjects
@@ -244,14 +266,16 @@ def held_out(
 
 # %% ../../nbs/61_scenes.ipynb #1838bebd
 def scene(
-    i:int,        # Number of the scene: the same number, the same scene
-    n:int=None,   # Among the first `n` subjects
-    plain:float=.35, # Share of plain pictures on white; the rest is split between styles, backgrounds and both
-)->tuple:         # (subject, style, background), never a held-out pair
+    i:int,           # Number of the scene: the same number, the same scene
+    n:int=None,      # Among the first `n` subjects
+    plain:float=.35, # Share of plain pictures on white; the rest: a style, a background, or both
+)->tuple:            # (subject, style, background), never a held-out pair
     "Draw a scene to train on"
-    rng, names = np.random.default_rng(i), subjects(n)
+    rng = np.random.default_rng(i)
+    names = subjects(n)
     while True:
-        s, kind = names[i%len(names)], rng.random()
+        s = names[i%len(names)]
+        kind = rng.random()
         style = 'plain' if kind<plain or kind>1-(1-plain)/3 else rng.choice([*styles][1:])
         back = 'white' if kind<plain+(1-plain)/3 else rng.choice([*backgrounds][1:])
         if not is_held_out(s, style, back): return s, str(style), str(back)
