@@ -7,6 +7,7 @@ __all__ = ['rivals', 'taken_for', 'evaluate_vae', 'draw_all', 'evaluate_seen', '
 
 # %% ../../nbs/65_evaluate.ipynb #9a70bf30
 import argparse, json
+from dataclasses import fields
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..load import load_sd
 from ..pipeline import txt2img
 from . import scenes
 from .card import held_out, model_card, subjects, update_facts, write_card
-from .recipe import train
+from .recipe import Recipe, train
 from .scenes import backgrounds, caption, render, styles
 from ..vae import decode, encode
 
@@ -143,13 +144,12 @@ def evaluate(
     return m
 
 # %% ../../nbs/65_evaluate.ipynb #0f29bc88
-def _train_options(add):
-    add('--run', default='runs/pocket')
-    add('--out', default='runs/pocket/checkpoint')
-    add('--subjects', type=int, default=320)
-    for k, v in dict(vae=1300, clip=1000, unet=10000, decoder=5000, image=1700).items():
-        add(f'--{k}-steps', type=int, default=v)
-    add('--precision', default='bf16', choices=['no', 'bf16', 'fp16'])
+def _train_options(add): # one for every field of `Recipe`
+    add('--run', default='runs/pocket', help='folder for data and states; a run is resumed from it')
+    add('--out', default='runs/pocket/checkpoint', help='folder that gets the checkpoint')
+    for f in fields(Recipe):
+        add(f"--{f.name.replace('_', '-')}", type=type(f.default) if f.default else int,
+            default=f.default)
 
 def _evaluate_options(add):
     add('path', nargs='?')
@@ -171,8 +171,7 @@ def _parser():
     return p
 
 def _train(a):
-    print(train(a.run, a.out, a.subjects, a.vae_steps, a.clip_steps, a.unet_steps, a.precision,
-                a.decoder_steps, a.image_steps))
+    print(train(a.run, a.out, Recipe(**{f.name: getattr(a, f.name) for f in fields(Recipe)})))
 
 def _evaluate(a):
     m = evaluate(a.path, a.steps, a.guidance, a.sampler, a.limit, a.sheets)
