@@ -320,3 +320,79 @@ def test_training_stops_before_the_first_nan(tmp_path):
         fit(torch.nn.Linear(1, 1), bad, 5, tmp_path/'s.pt', save_every=0, progress=False)
     kept = load_state(tmp_path/'s.pt')
     assert kept['step']==2 and all(v.isfinite().all() for v in (*kept['params'].values(), *kept['averaged'].values()))
+
+# ---------------------------------------------------------------- what only we define: no library would notice
+
+def test_a_words_map_is_where_its_attention_is():
+    from sdlearn.attention import word_map
+    maps = {'wide': torch.zeros(2, 3, 8*16, 77), 'small': torch.zeros(2, 3, 4*8, 77)}  # a picture twice as wide as high
+    for k, (h, w) in dict(wide=(8, 16), small=(4, 8)).items():
+        maps[k][1, :, (h//4)*w+3*w//4, 5] = 1.                       # upper half, right: word 5, second picture
+    heat = word_map(maps, [5], size=(64, 128), row=1)
+    y, x = divmod(heat.argmax().item(), 128)
+    assert heat.shape==(64, 128) and heat.max()==1 and heat.min()==0
+    assert 10<y<26 and 90<x<110, (y, x)
+    assert word_map(maps, [4], size=(64, 128), row=1).max()==0==word_map(maps, [5], size=(64, 128), row=0).max()
+
+def test_attention_is_seen_as_it_is():
+    from sdlearn.attention import attention_maps, attention_patterns
+    from sdlearn.text import TextEncoder
+    from sdlearn.unet import UNet
+    text = randomized(TextEncoder(dict(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+                                       num_attention_heads=2, max_position_embeddings=6)))
+    ids = torch.randint(0, 20, (2, 6))
+    patterns = attention_patterns(text, ids)
+    assert patterns.shape==(2, 2, 2, 6, 6) and patterns.triu(1).abs().max()==0
+    assert_close(patterns.sum(-1), torch.ones(2, 2, 2, 6))
+    unet = randomized(UNet(dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=8,
+                                attention_head_dim=2, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+                                up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))))
+    maps = attention_maps(unet, torch.randn(1, 4, 8, 8), 500, torch.randn(1, 6, 8))
+    assert sorted({m.shape for m in maps.values()})==[(1, 2, 16, 6), (1, 2, 64, 6)]
+    for m in maps.values(): assert_close(m.sum(-1), torch.ones(m.shape[:3]))
+
+def test_clip_loss_shows_the_encoder_what_it_was_trained_on():
+    from sdlearn.guidance import clip_loss
+    seen = []
+    def encoder(x): return seen.append(x) or x.flatten(1)[:, :4]
+    loss = clip_loss(torch.tensor([0., .5, 1., 1.]).view(1, 1, 2, 2), encoder, torch.tensor([[-1., 0., 1., 1.]]))
+    assert_close(seen[0].flatten(), torch.tensor([-1., 0., 1., 1.]))
+    assert_close(loss, torch.tensor(0.))
+
+def test_masks_are_black_or_white_and_the_start_is_counted_as_diffusers_does():
+    from PIL import Image
+    from sdlearn.pipeline import _masks, start_step
+    grey = Image.new('L', (16, 16), 100)
+    grey.paste(200, (0, 0, 8, 16))
+    mask = _masks(grey, [Image.new('RGB', (16, 16))]*2)
+    assert mask.shape==(2, 1, 16, 16) and mask.unique().tolist()==[0, 1] and mask[0, 0, :, :8].min()==1
+    for n, strength, first in ((10, .25, 8), (7, .5, 4), (30, .6, 12), (4, .24, 4), (12, 1., 0), (12, 0., 12)):
+        assert start_step(n, strength)==first, (n, strength)
+
+def test_step_panel_has_the_latents_on_the_left():
+    from sdlearn.denoiser import make_step
+    from sdlearn.load import load_sd
+    from sdlearn.pipeline import step_panel
+    from sdlearn.schedule import scale_input
+    from sdlearn.vae import latents_to_pil
+    sd = load_sd(networks='own')
+    x, eps = 5*torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
+    panel = step_panel(sd, make_step(0, 800., 5., x, eps, x, 4.))
+    left, right = (latents_to_pil(z, sd.vae)[0] for z in (scale_input(x, 5.), x-5*eps))
+    def off(a, b): return torch.tensor([*a.tobytes()]).sub(torch.tensor([*b.tobytes()])).abs().max()
+    assert off(panel.crop((0, 0, 128, 128)), left)<=1 and off(panel.crop((128, 0, 256, 128)), right)<=1
+
+def test_words_are_cut_at_every_contraction():
+    from sdlearn.tokenizer import split_words
+    for short in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d"):
+        assert split_words('we'+short+' go')==['we', short, 'go']
+        assert split_words(short+'x')==[short, 'x']
+    assert split_words("a1b2!? 'x")==['a', '1', 'b', '2', '!?', "'", 'x']
+
+@pytest.mark.parametrize('size, length', [(2, 77), (49407, 77), (49408, 10**30), (49408, 76)])
+def test_a_hollow_tokenizer_is_refused(size, length):
+    from sdlearn.tokenizer import check_tokenizer
+    class Hollow:
+        model_max_length = length
+        def __len__(self): return size
+    with pytest.raises(ValueError, match='49408 tokens'): check_tokenizer(Hollow())
