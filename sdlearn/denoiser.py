@@ -82,7 +82,8 @@ def noise_loss(
 # %% ../nbs/35b_denoiser.ipynb #9cb06d6d
 @dataclass
 class Step:
-    "One model call of a sampler. Assign to `x_next` in the loop, and the sampler goes on from there"
+    """One model call of a sampler. Assign to `x_next` in the loop,
+    and the sampler goes on from there"""
     i:int             # Number of the model call, from 0
     t:float           # Timestep told to the model, 0 to 999
     sigma:float       # Noise std of `x`

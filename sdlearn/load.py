@@ -34,18 +34,21 @@ def weights_file(
     "Find a piece's weights: safetensors only, readable to the end"
     from safetensors import safe_open, SafetensorError
     found = [f for f in sorted(folder.glob('*.safetensors')) if 'non_ema' not in f.name]
-    best = sorted(found, key=lambda f: ('.fp16.' in f.name)!=(variant=='fp16'))
-    if not best:
-        pickles = [f.name for f in folder.glob('*') if f.suffix in ('.bin', '.ckpt', '.pt')]
-        only = f"only {', '.join(pickles)}, a pickle, which can run code when it is opened: it is refused"
-        raise ValueError(f"expected a .safetensors file in {folder}, found {only if pickles else 'none'}. "
-                         "Get the safetensors version of this checkpoint.")
+    if not found: raise ValueError(_no_weights(folder))
+    best = min(found, key=lambda f: ('.fp16.' in f.name)!=(variant=='fp16'))
     try:
-        with safe_open(best[0], 'pt') as f: f.keys()
+        with safe_open(best, 'pt') as f: f.keys()
     except SafetensorError as e:
-        raise ValueError(f"expected a complete file, but {best[0]} is damaged or truncated ({e}). "
+        raise ValueError(f"expected a complete file, but {best} is damaged or truncated ({e}). "
                          "Download it again.") from None
-    return best[0]
+    return best
+
+def _no_weights(folder): # what to say about it
+    pickles = [f.name for f in folder.glob('*') if f.suffix in ('.bin', '.ckpt', '.pt')]
+    found = ('none' if not pickles else f"only {', '.join(pickles)}, a pickle, "
+             "which can run code when it is opened: it is refused")
+    return (f"expected a .safetensors file in {folder}, found {found}. "
+            "Get the safetensors version of this checkpoint.")
 
 def check_folder(
     folder:Path,       # A checkpoint in diffusers' layout
@@ -57,7 +60,8 @@ def check_folder(
         missing = [f'{piece}/{n}' for n in need if not (folder/piece/n).exists()]
         if missing:
             raise ValueError(f"expected a Stable Diffusion folder with {', '.join(pieces)}; "
-                             f"{folder} has no {', '.join(missing)}. Is it the right folder, and complete?")
+                             f"{folder} has no {', '.join(missing)}. "
+                             "Is it the right folder, and complete?")
         if piece!='tokenizer': weights_file(folder/piece, variant)
     return folder
 
@@ -72,15 +76,20 @@ def find_checkpoint(
     if str(name).startswith(('.', '/', '~')) or str(name).count('/')!=1:
         raise ValueError("expected a folder or a hub name such as 'CompVis/stable-diffusion-v1-4', "
                          f"got {str(name)!r}, which is neither. Check the path.")
+    return _download(name, variant)
+
+def _download(name, variant):
     from huggingface_hub import snapshot_download
-    wanted = [f'{p}/*{e}' for p in (*pieces, 'scheduler') for e in ('.json', '.txt', '.safetensors')]
+    kinds = '.json', '.txt', '.safetensors'
+    wanted = [f'{p}/*{k}' for p in (*pieces, 'scheduler') for k in kinds]
     try:
-        return check_folder(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=['*non_ema*']), variant)
+        folder = snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=['*non_ema*'])
+        return check_folder(folder, variant)
     except ValueError: raise
     except Exception as e:
-        raise OSError(f"expected to find {name!r} in the local cache or on the hub, "
-                      f"but it could not be fetched ({type(e).__name__}). Connect to the internet once, "
-                      "check the spelling, or leave the name out: pocket needs no download.") from None
+        raise OSError(f"expected to find {name!r} in the local cache or on the hub, but it could "
+                      f"not be fetched ({type(e).__name__}). Connect to the internet once, check "
+                      "the spelling, or leave the name out: pocket needs no download.") from None
 
 # %% ../nbs/38_load.ipynb #08b4715a
 def load_own(
@@ -94,25 +103,39 @@ def load_own(
     state = {k: v.float() for k, v in load_file(weights_file(folder, variant)).items()}
     try: net.load_state_dict(flat_keys(state) if cls is TextEncoder else state)
     except RuntimeError as e:
-        raise ValueError(f"expected weights that fit {folder/'config.json'}, got others: {e}") from None
+        raise ValueError(f"expected weights that fit {folder/'config.json'}, "
+                         f"got others: {e}") from None
     return net
+
+def _load_ours(folder, variant):
+    return (Tokenizer.from_folder(folder/'tokenizer'),
+            load_own(TextEncoder, folder/'text_encoder', variant),
+            load_own(VAE, folder/'vae', variant),
+            load_own(UNet, folder/'unet', variant))
+
+def _load_piece(cls, folder, variant):
+    "One of the ecosystem's networks; none of its weights may be missing"
+    kind = 'fp16' if '.fp16.' in weights_file(folder, variant).name else None
+    net, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+                                    variant=kind)
+    missing = [k for k in info['missing_keys'] if 'position_ids' not in k]
+    if not missing: return net
+    raise ValueError(f"expected all weights of {folder.name} in {folder.parent}, but "
+                     f"{len(missing)} are missing, e.g. {missing[0]}. "
+                     "The file does not fit its config.json.")
 
 def _load_theirs(folder, variant):
     from transformers import CLIPTextModel, CLIPTokenizer, logging
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    shown = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        tokenizer, nets = CLIPTokenizer.from_pretrained(folder/'tokenizer'), []
-        for cls, piece in ((CLIPTextModel, 'text_encoder'), (AutoencoderKL, 'vae'), (UNet2DConditionModel, 'unet')):
-            kind = 'fp16' if '.fp16.' in weights_file(folder/piece, variant).name else None
-            net, info = cls.from_pretrained(folder/piece, use_safetensors=True, output_loading_info=True, variant=kind)
-            missing = [k for k in info['missing_keys'] if 'position_ids' not in k]
-            if missing:
-                raise ValueError(f"expected all weights of {piece} in {folder}, but {len(missing)} are missing, "
-                                 f"e.g. {missing[0]}. The file does not fit its config.json.")
-            nets.append(net)
-    finally: logging.enable_progress_bar() if shown else None
-    return tokenizer, *nets
+        return (CLIPTokenizer.from_pretrained(folder/'tokenizer'),
+                _load_piece(CLIPTextModel, folder/'text_encoder', variant),
+                _load_piece(AutoencoderKL, folder/'vae', variant),
+                _load_piece(UNet2DConditionModel, folder/'unet', variant))
+    finally:
+        if shown: logging.enable_progress_bar()
 
 # %% ../nbs/38_load.ipynb #09da00b7
 def _read(file): # a JSON file; nothing in it when it is not there
@@ -140,11 +163,13 @@ class SD:
         return self
 
 def load_sd(
-    # None: pocket, the small one in this package. A folder, or a hub name such as "CompVis/stable-diffusion-v1-4"
+    # None: pocket, the small one in this package.
+    # A folder, or a hub name such as "CompVis/stable-diffusion-v1-4"
     name=None,
     device='cpu',           # Where the networks go, e.g. "cuda"
     dtype=torch.float32,    # `torch.float16` for a GPU
-    # 'diffusers': the ecosystem's own objects. 'own': the networks of these lessons, without importing diffusers
+    # 'diffusers': the ecosystem's own objects.
+    # 'own': the networks of these lessons, without importing diffusers
     networks:str='diffusers',
 )->SD:                      # In evaluation mode, gradients off
     "Load Stable Diffusion: pocket, 1.4, 1.5 or anything in their layout"
@@ -152,13 +177,10 @@ def load_sd(
         raise ValueError(f"expected networks='diffusers' or 'own', got {networks!r}")
     variant = 'fp16' if dtype==torch.float16 else None
     folder = find_checkpoint(name, variant)
-    if networks=='own':
-        got = (Tokenizer.from_folder(folder/'tokenizer'),
-               *(load_own(c, folder/p, variant)
-                 for c, p in ((TextEncoder, 'text_encoder'), (VAE, 'vae'), (UNet, 'unet'))))
-    else: got = _load_theirs(folder, variant)
-    check_tokenizer(got[0])
-    for net in got[1:]: net.eval().requires_grad_(False)
+    load = _load_ours if networks=='own' else _load_theirs
+    tokenizer, *nets = load(folder, variant)
+    check_tokenizer(tokenizer)
+    for net in nets: net.eval().requires_grad_(False)
     scale = _read(folder/'pocket.json').get('guidance_scale', 7.5)
     schedule = read_schedule(_read(folder/'scheduler'/'scheduler_config.json'))
-    return SD(*got, folder, scale, schedule).to(device, dtype)
+    return SD(tokenizer, *nets, folder, scale, schedule).to(device, dtype)

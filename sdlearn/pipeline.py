@@ -226,7 +226,8 @@ def img2img(
 
 # %% ../nbs/38_pipeline.ipynb #fc91f7f2
 def _masks(mask, images): # (B,1,H,W), 1 where the picture is to be redrawn
-    masks, size = _fit(mask, len(images), 'L'), images[0].size
+    masks = _fit(mask, len(images), 'L')
+    size = images[0].size
     if masks[0].size!=size:
         raise ValueError(f"expected a mask of the image's size {size}, got {masks[0].size}. "
                          "Try mask.resize(image.size).")
@@ -248,7 +249,8 @@ def inpaint(
                  guidance_interval=guidance_interval)
     n = num_inference_steps
     prompts, images = _opening(prompt, image, strength, n, seed, eps_fn, asked)
-    masks, first = _masks(mask, images), start_step(n, strength)
+    masks = _masks(mask, images)
+    first = start_step(n, strength)
     latents, noise, noise_fn = _noised(sd, images, _generators(seed, len(prompts)))
     if first>=n: return latents_to_pil(latents.to(sd.dtype), sd.vae)
     plan = make_plan(sampler, n, sd.schedule).after(first)

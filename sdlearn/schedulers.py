@@ -23,7 +23,8 @@ def _explodes(scheduler)->bool:
 
 def _sigmas_of(scheduler)->list:
     "Noise std of every model call, and of the result"
-    ts, s = scheduler.timesteps, getattr(scheduler, 'sigmas', None)
+    ts = scheduler.timesteps
+    s = getattr(scheduler, 'sigmas', None)
     if s is not None and len(s)==len(ts)+1: return s.tolist()
     train = ((1-scheduler.alphas_cumprod)/scheduler.alphas_cumprod)**.5
     a = float(getattr(scheduler, 'final_alpha_cumprod', 1.))
@@ -36,13 +37,16 @@ def check_scheduler(
     schedule:Schedule, # The checkpoint's
 ):
     "Refuse a scheduler whose noise levels or prediction type are not the checkpoint's"
-    name, train = type(scheduler).__name__, getattr(scheduler, 'alphas_cumprod', None)
+    name = type(scheduler).__name__
+    train = getattr(scheduler, 'alphas_cumprod', None)
     if train is None:
-        raise ValueError(f"expected a scheduler that starts from betas, as SD v1's does, got {name}")
+        raise ValueError("expected a scheduler that starts from betas, as SD v1's does, "
+                         f"got {name}")
     ours = alphas_cumprod(schedule)
     if len(train)!=len(ours) or not torch.allclose(train.float().cpu(), ours, rtol=1e-3):
-        raise ValueError(f"expected a scheduler with the checkpoint's betas, got {name} with others. "
-                         "Make it with from_config and the checkpoint's scheduler_config.json.")
+        raise ValueError(f"expected a scheduler with the checkpoint's betas, got {name} with "
+                         "others. Make it with from_config and the checkpoint's "
+                         "scheduler_config.json.")
     kind = scheduler.config.get('prediction_type', 'epsilon')
     if kind!=schedule.prediction_type:
         raise ValueError(f"expected prediction_type {schedule.prediction_type!r} as the checkpoint "
@@ -56,7 +60,8 @@ def _rule(scheduler, n_steps):
     return rule
 
 def _run(scheduler, eps_fn, x, first, noise_fn):
-    sigmas, explodes = _sigmas_of(scheduler), _explodes(scheduler)
+    sigmas = _sigmas_of(scheduler)
+    explodes = _explodes(scheduler)
     if hasattr(scheduler, 'set_begin_index'): scheduler.set_begin_index(first)
     more = _arguments(scheduler, noise_fn)
     for i, t in enumerate(scheduler.timesteps[first:]):
@@ -70,7 +75,7 @@ def _run(scheduler, eps_fn, x, first, noise_fn):
         x = step.x_next
 
 def _arguments(scheduler, noise_fn):
-    "What diffusers' pipelines hand to `step`: the picture's generator, and eta 0 where there is one"
+    "What diffusers' pipelines hand to `step`: the picture's generator, and eta 0 if it takes one"
     given = dict(generator=getattr(noise_fn, 'generator', None), eta=0.)
     takes = inspect.signature(scheduler.step).parameters
     return {k: v for k, v in given.items() if k in takes and v is not None}
@@ -91,7 +96,8 @@ def read_scheduler(
     scheduler = copy.deepcopy(scheduler)
     scheduler.register_to_config(prediction_type='epsilon')    # that is what `eps_fn` gives it
     scheduler.set_timesteps(num_inference_steps)
-    k, sigmas, calls = scheduler.order, _sigmas_of(scheduler), len(scheduler.timesteps)
+    k, calls = scheduler.order, len(scheduler.timesteps)
+    sigmas = _sigmas_of(scheduler)
     steps = scheduler.timesteps[::k].tolist()
     std = float(scheduler.init_noise_sigma)
     if not _explodes(scheduler): std *= (sigmas[0]**2+1)**.5

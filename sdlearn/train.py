@@ -23,7 +23,8 @@ def batch_rng(
     step:int,   # Step number
     rank:int=0, # Which of several processes, below 64
 )->torch.Generator: # On the CPU
-    "A fresh generator for every step: a resumed run sees exactly the batches an uninterrupted one sees"
+    """A fresh generator for every step: a resumed run sees exactly the batches
+    an uninterrupted one sees"""
     return torch.Generator().manual_seed((seed*1_000_003+step)*64+rank)
 
 # %% ../nbs/91_train.ipynb #4bac09e1
@@ -162,7 +163,8 @@ def train_steps(
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
     from accelerate import PartialState
     _check_training(params, n, lr, mixed_precision)
-    here, device = PartialState(), next(iter(params.values())).device
+    here = PartialState()
+    device = next(iter(params.values())).device
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision=='fp16')
     averaged = {k: p.detach().clone() for k, p in params.items()}

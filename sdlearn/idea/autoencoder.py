@@ -19,7 +19,8 @@ def compression(
 )->float:             # How many times fewer numbers
     "Numbers in the picture over numbers in its latents"
     if side%factor:
-        raise ValueError(f"expected a side that {factor} divides, got {side}. Crop or resize the picture first.")
+        raise ValueError(f"expected a side that {factor} divides, got {side}. "
+                         "Crop or resize the picture first.")
     return side**2*channels/((side//factor)**2*latent)
 
 # %% ../../nbs/24_autoencoder.ipynb #c6b33a8e
@@ -31,7 +32,8 @@ class AutoEncoder(nn.Module):
         latent:int=4,           # Channels of the latents
     ):
         super().__init__()
-        self.channels, self.factor, wide = channels, 2**len(widths), (channels, *widths)
+        self.channels, self.factor = channels, 2**len(widths)
+        wide = channels, *widths
         down = [m for i, o in zip(wide, widths)
                 for m in (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.SiLU(),
                           nn.Conv2d(o, o, 3, padding=1), nn.SiLU())]
@@ -43,8 +45,9 @@ class AutoEncoder(nn.Module):
     def encode(self,
         x:torch.Tensor, # (B,channels,H,W) in -1..1
     )->tuple:           # mean and log variance, each (B,latent,H/factor,W/factor)
-        if x.ndim!=4 or x.shape[1]!=self.channels or x.shape[2]%self.factor or x.shape[3]%self.factor:
-            raise ValueError(f"expected pictures (B,{self.channels},H,W) with sides that {self.factor} divides, "
+        c, f = self.channels, self.factor
+        if x.ndim!=4 or x.shape[1]!=c or x.shape[2]%f or x.shape[3]%f:
+            raise ValueError(f"expected pictures (B,{c},H,W) with sides that {f} divides, "
                              f"got {tuple(x.shape)}")
         return self.encoder(x).chunk(2, 1)
     def decode(self,

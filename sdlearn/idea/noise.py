@@ -24,8 +24,11 @@ class Block(nn.Module):
         told:int,# Length of the vector that tells noise level and class
     ):
         super().__init__()
-        self.first, self.told, self.norm = nn.Conv2d(ci, co, 3, padding=1), nn.Linear(told, co), nn.GroupNorm(4, co)
-        self.second, self.shortcut = nn.Conv2d(co, co, 3, padding=1), nn.Conv2d(ci, co, 1)
+        self.first = nn.Conv2d(ci, co, 3, padding=1)
+        self.told = nn.Linear(told, co)
+        self.norm = nn.GroupNorm(4, co)
+        self.second = nn.Conv2d(co, co, 3, padding=1)
+        self.shortcut = nn.Conv2d(ci, co, 1)
     def forward(self, x, told):
         h = self.first(x)+self.told(told)[:,:,None,None]
         return self.shortcut(x)+self.second(F.silu(self.norm(h)))
@@ -40,16 +43,21 @@ class SmallUNet(nn.Module):
         told:int=64,       # Length of the vector that tells noise level and class
     ):
         super().__init__()
-        w, self.with_t, self.classes = width, with_t, classes
+        w = width
+        self.with_t, self.classes = with_t, classes
         self.register_buffer('waves', 2.**torch.arange(-3, 4))
         self.level = nn.Sequential(nn.Linear(14, told), nn.SiLU(), nn.Linear(told, told))
         self.label = nn.Linear(classes, told)
-        nn.init.normal_(self.label.weight, std=2.)   # loud, so that the class is listened to from the start
-        self.inp, self.down, self.up, self.out = (
-            nn.Conv2d(channels, w, 3, padding=1), nn.Conv2d(w, 2*w, 2, 2),
-            nn.ConvTranspose2d(2*w, w, 2, 2), nn.Conv2d(w, channels, 3, padding=1))
-        self.a, self.b, self.c, self.d = (
-            Block(w, w, told), Block(2*w, 2*w, told), Block(2*w, 2*w, told), Block(2*w, w, told))
+        # loud, so that the class is listened to from the start
+        nn.init.normal_(self.label.weight, std=2.)
+        self.inp = nn.Conv2d(channels, w, 3, padding=1)
+        self.down = nn.Conv2d(w, 2*w, 2, 2)
+        self.up = nn.ConvTranspose2d(2*w, w, 2, 2)
+        self.out = nn.Conv2d(w, channels, 3, padding=1)
+        self.a = Block(w, w, told)
+        self.b = Block(2*w, 2*w, told)
+        self.c = Block(2*w, 2*w, told)
+        self.d = Block(2*w, w, told)
     def forward(self,
         x_in:torch.Tensor,    # (B,C,H,W), scaled by 1/sqrt(sigma^2+1); H and W even
         sigma:torch.Tensor,   # (B,) noise std, above 0
@@ -122,7 +130,8 @@ def predictor(
 ):                          # (x, sigma) -> noise
     "Hide the network, its input scaling, the class and guidance behind one function"
     def eps_fn(x, sigma):
-        level, none = torch.full((len(x),), float(sigma)), one_hot(None, classes, len(x))
+        level = torch.full((len(x),), float(sigma))
+        none = one_hot(None, classes, len(x))
         ask = lambda told: net(scale_input(x, float(sigma)), level, told)
         if labels is None: return ask(none)
         told = one_hot(labels, classes)
@@ -158,10 +167,13 @@ def adam(
     beta2:float=.9,  # Of the running mean of squares
     size:float=1.,   # Of the direction
 ):                   # eps -> direction, with a memory: make a new one for every drawing
-    "Running mean over root of running mean square, per pixel, corrected for their start (Kingma & Ba 2015, alg. 1)"
+    """Running mean over root of running mean square, per pixel,
+    corrected for their start (Kingma & Ba 2015, alg. 1)"""
     m, v, i = 0., 0., 0
     def direction(eps):
         nonlocal m, v, i
-        m, v, i = beta1*m+(1-beta1)*eps, beta2*v+(1-beta2)*eps**2, i+1
+        i += 1
+        m = beta1*m+(1-beta1)*eps
+        v = beta2*v+(1-beta2)*eps**2
         return size*(m/(1-beta1**i))/((v/(1-beta2**i)).sqrt()+1e-8)
     return direction

@@ -65,7 +65,8 @@ def pictures(
     plain:float=.35, # Share of plain pictures on white
 )->tuple:            # (uint8 array (count,side,side,3) mapped from disk, list of captions)
     "The training set: scenes rendered once"
-    path, mark, captions = Path(path), dict(count=count, n=n, side=side, plain=plain), []
+    path, captions = Path(path), []
+    mark = dict(count=count, n=n, side=side, plain=plain)
     def fill(out, bar):
         for i in bar(range(count), 'rendering'):
             im, text = render(*scene(i, n, plain), seed=i, side=side)
@@ -92,7 +93,8 @@ def batch_of(
 
 # %% ../../nbs/64_recipe.ipynb #5f1a95fc
 vae_config = dict(block_out_channels=(32,64,96,128), layers_per_block=1, latent_channels=4,
-                  down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4,
+                  down_block_types=('DownEncoderBlock2D',)*4,
+                  up_block_types=('UpDecoderBlock2D',)*4,
                   norm_num_groups=32, sample_size=128, scaling_factor=scaling_factor)
 
 def edges(x): # differences of neighbours, down and across
@@ -189,7 +191,8 @@ class Pair(nn.Module):
         return contrastive_loss(self.image(x).float(), t, self.scale.clamp(max=4.6).exp())
 
 def token_ids(tokenizer, texts, pad=True):
-    "(B,77) ids; without `pad` as wide as the longest text, which a causal encoder cannot tell apart"
+    """(B,77) ids; without `pad` as wide as the longest text,
+    which a causal encoder cannot tell apart"""
     ids = tokenizer(texts, padding='max_length' if pad else True, truncation=True, max_length=77,
                     return_tensors='pt')
     return ids.input_ids
@@ -212,7 +215,8 @@ def train_clip(
     "Train both encoders on pictures and captions; words never seen stay at zero"
     torch.manual_seed(0)
     pair = Pair()
-    emb, keep = pair.text.get_input_embeddings().weight, torch.zeros(text_config['vocab_size'], 1)
+    emb = pair.text.get_input_embeddings().weight
+    keep = torch.zeros(text_config['vocab_size'], 1)
     keep[token_ids(tokenizer, captions, False).unique()] = 1
     with torch.no_grad(): emb.mul_(keep*10)      # std .02 -> .2
     def pick(g): return torch.randint(len(data), (bs,), generator=g)
@@ -244,9 +248,10 @@ def cache_latents(
         raise ValueError(f"expected {path} to hold the latents of these pictures and this VAE, "
                          "got others. Delete it, or choose another path.")
     bar = tqdm(_batches(len(data), bs), desc='encoding', disable=len(data)<999)
-    latents = torch.cat([vae.encode(batch_of(data, i)).latent_dist.mean*scaling_factor for i in bar])
-    if path: save_state(dict(latents=latents.half(), mark=mark), path)
-    return latents.half()
+    means = [vae.encode(batch_of(data, i)).latent_dist.mean for i in bar]
+    latents = (torch.cat(means)*scaling_factor).half()
+    if path: save_state(dict(latents=latents, mark=mark), path)
+    return latents
 
 @torch.no_grad()
 def cache_texts(
@@ -400,7 +405,8 @@ def through_vae(
     bs:int=8,         # Pictures at once
 )->np.ndarray:        # uint8 (N,S,S,3), mapped from disk
     "The pictures as the decoder gives them back"
-    path, g = Path(path), torch.Generator().manual_seed(0)
+    path = Path(path)
+    g = torch.Generator().manual_seed(0)
     mark = dict(made_from=fingerprint([data, *vae.parameters()]), noise=noise)
     def fill(out, bar):
         for i in bar(_batches(len(data), bs), 'decoding'):
@@ -440,7 +446,8 @@ def train_image_encoder(
 @torch.no_grad()
 def sheet(vae, unet, emb, path, n=8):
     "Sample pictures while training: one row of captions, ten Euler steps"
-    few, plan = emb[1:n+1].float().to(_device(unet)), make_plan('euler', 10)
+    few = emb[1:n+1].float().to(_device(unet))
+    plan = make_plan('euler', 10)
     noise = seeded_noise((4, 16, 16), range(len(few)), few.device)
     ask = noise_predictor(unet, torch.cat([few, few]), 1.)
     for step in sample(plan, ask, plan.start(noise)): pass
@@ -478,7 +485,8 @@ def train(
 ):                                # The checkpoint folder
     "Train pocket from zero, or go on where a run stopped, at whatever moment"
     check_recipe(r)
-    run, tokenizer = Path(run), Tokenizer.from_folder(pocket_path()/'tokenizer')
+    run = Path(run)
+    tokenizer = Tokenizer.from_folder(pocket_path()/'tokenizer')
     bs = {} if r.bs is None else dict(bs=r.bs)
     how = dict(mixed_precision=r.precision, decay=True)|bs
     known = len(scenes.subjects(r.known))
@@ -487,7 +495,8 @@ def train(
     vae = _rounded(standardize(vae.cpu(), batch_of(data, range(0, len(data), 157))))
     pair, _ = train_clip(data, captions, tokenizer, r.clip_steps, run/'clip.pt', **bs)
     pair = _rounded(pair.cpu())
-    drawn, drawn_captions = pictures(run/'drawn.npy', r.scenes_drawn*r.subjects, r.subjects, plain=.2)
+    drawn, drawn_captions = pictures(run/'drawn.npy', r.scenes_drawn*r.subjects, r.subjects,
+                                     plain=.2)
     latents = cache_latents(vae, drawn, run/'latents.pt')
     emb, rows = cache_texts(pair.text, tokenizer, drawn_captions)
     vae, _ = train_decoder(vae, drawn, latents, r.decoder_steps, run/'decoder.pt', **how)
