@@ -178,7 +178,7 @@ def start_step(
     return num_inference_steps-min(int(num_inference_steps*strength), num_inference_steps)
 
 def _fit(image, n, mode='RGB'): # PIL image(s) of any mode -> one of that mode for each of n prompts
-    images = [image] if isinstance(image, Image.Image) else list(image)
+    images = [image] if isinstance(image, Image.Image) or image is None else list(image)
     if bad := [i for i in images if not isinstance(i, Image.Image)]:
         raise ValueError(f"expected PIL images, got {type(bad[0]).__name__}. "
                          "Open a file with PIL.Image.open(path).")

@@ -88,7 +88,7 @@ def noisy_batch(
     x:torch.Tensor,            # (N,C,H,W) pictures or latents
     y:torch.Tensor,            # (N,) classes
     generator:torch.Generator, # On the CPU
-    batch:int=128,             # How many to draw
+    batch:int=64,              # How many to draw
     drop:float=.15,            # Share whose class is hidden
     sigmas:tuple=(.02, 15.),   # Smallest and largest; SD v1 has 0.029 to 14.6
     classes:int=10,            # How many there are

@@ -139,7 +139,7 @@ def evaluate(
     m = dict(settings=kw, pairs=len(pairs), vae_psnr=evaluate_vae(sd.vae, names))
     m['seen'], seen = evaluate_seen(sd, names[:limit], **kw)
     m['held_out'], unseen = evaluate_held_out(sd, pairs, names, **kw)
-    m |= _fewer_steps(sd, names[:16], **kw)
+    m |= _fewer_steps(sd, names[:min(16, limit or 16)], **kw)
     if out: _save_sheets(out, seen=seen, held_out=unseen)
     return m
 
