@@ -321,6 +321,53 @@ def test_training_stops_before_the_first_nan(tmp_path):
     kept = load_state(tmp_path/'s.pt')
     assert kept['step']==2 and all(v.isfinite().all() for v in (*kept['params'].values(), *kept['averaged'].values()))
 
+two_processes = """
+import sys, torch
+from sdlearn.train import batch_rng, ema_decay, fit, lr_factor
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 1)
+
+def loss(net, g): return (net(torch.randn(4, 3, generator=g))-1).square().mean()
+
+def bad(net, g): # only the second process meets it
+    return loss(net, g)*(float('nan') if g.initial_seed()==batch_rng(0, 2, 1).initial_seed() else 1)
+
+def main():
+    from accelerate import PartialState
+    trained = net()
+    fit(trained, loss, 6, sys.argv[1]+'/state.pt', lr=1e-2, warmup=1, progress=False)
+    torch.save(trained.state_dict(), f'{sys.argv[1]}/{PartialState().process_index}.pt')
+    try: fit(net(), bad, 5, lr=1e-2, progress=False)
+    except FloatingPointError: return
+    raise AssertionError('both processes should have stopped')
+
+if __name__=='__main__':
+    from accelerate import debug_launcher
+    debug_launcher(main, num_processes=2)
+    a, b = (torch.load(f'{sys.argv[1]}/{i}.pt') for i in (0, 1))
+    hand = net()
+    opt = torch.optim.AdamW(hand.parameters(), lr=1e-2, betas=(.9, .99), weight_decay=.01)
+    mean = {k: p.detach().clone() for k, p in hand.named_parameters()}
+    for i in range(6):
+        opt.param_groups[0]['lr'] = 1e-2*lr_factor(i, 6, 1)
+        (sum(loss(hand, batch_rng(0, i, rank)) for rank in (0, 1))/2).backward()
+        torch.nn.utils.clip_grad_norm_(hand.parameters(), 1.)
+        opt.step()
+        opt.zero_grad()
+        for k, p in hand.named_parameters(): mean[k].lerp_(p.detach(), 1-ema_decay(i, .999))
+    for k in mean:
+        torch.testing.assert_close(a[k], mean[k])
+        assert torch.equal(a[k], b[k])
+"""
+
+@pytest.mark.skipif(sys.platform!='linux', reason='the launcher forks')
+def test_two_processes_train_one_network(tmp_path):
+    (tmp_path/'two.py').write_text(two_processes)
+    subprocess.run([sys.executable, 'two.py', str(tmp_path)], cwd=tmp_path, check=True, capture_output=True,
+                   timeout=120, env=os.environ|dict(PYTHONPATH=str(root)))
+
 # ---------------------------------------------------------------- what only we define: no library would notice
 
 def test_a_words_map_is_where_its_attention_is():

@@ -106,7 +106,19 @@ class TrainStep:
     state:Callable   # state() -> what `train_steps(state=...)` goes on from
 
 @torch.no_grad()
-def _finite(tensors): return all(torch.isfinite(t).all() for t in tensors if t is not None)
+def _finite(params): # NaN and infinity survive a sum
+    return bool(torch.isfinite(sum(p.sum() for p in params)))
+
+def _here(): # this process, among those that train together
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
+
+def _share(params): # the mean gradient over processes, if there are several
+    from accelerate.utils import reduce
+    if _here().num_processes==1: return
+    for p in params:
+        if p.grad is not None: p.grad = reduce(p.grad, 'mean')
 
 @torch.no_grad()
 def _average(averaged, params, d): # averaged <- d*averaged + (1-d)*params
@@ -133,14 +145,13 @@ def _seeded(loss_fn, rng, device, precision):
 
 def _update(loss, params, opt, scaler):
     "One optimiser step, unless loss or gradient are not finite; did it happen?"
-    from accelerate.utils import reduce
-    if not torch.isfinite(loss): return False
-    scaler.scale(loss).backward()
+    lost = not torch.isfinite(loss)
+    scaler.scale(loss*float('nan') if lost else loss).backward()  # all processes shall hear of it
     scaler.unscale_(opt)
-    for p in params:
-        if p.grad is not None: p.grad = reduce(p.grad, 'mean')    # over processes, if several
+    _share(params)
     size = nn.utils.clip_grad_norm_(params, 1.)
-    fine = bool(torch.isfinite(size)) or scaler.is_enabled()      # fp16 skips such steps
+    # fp16 skips a step whose scaled gradient overflows
+    fine = not lost and (bool(torch.isfinite(size)) or scaler.is_enabled())
     if fine: scaler.step(opt)
     scaler.update()
     opt.zero_grad()
@@ -161,9 +172,8 @@ def train_steps(
     state:dict=None,      # From a step's `state()`: go on there
 ):                        # Generator of `TrainStep`
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
-    from accelerate import PartialState
     _check_training(params, n, lr, mixed_precision)
-    here = PartialState()
+    here = _here()
     device = next(iter(params.values())).device
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision=='fp16')
@@ -253,9 +263,8 @@ def fit(
     **settings,           # lr, warmup, decay, ema, weight_decay, mixed_precision: `train_steps`
 )->list:                  # Loss of every step, those of the resumed run included
     "Train, save, preview and show: everything around `train_steps`"
-    from accelerate import PartialState
     from tqdm.auto import tqdm
-    here = PartialState()
+    here = _here()
     params = trained(model.to(here.device))
     # with a decaying learning rate, another number of steps is another training
     length = dict(steps=steps) if settings.get('decay') else {}
