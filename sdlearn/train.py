@@ -159,7 +159,7 @@ def _update(loss, params, opt, scaler):
 
 def train_steps(
     loss_fn,              # loss_fn(generator) -> scalar loss; draws its own batch with it
-    params,               # name -> parameter, from `trained(model)`
+    params,               # name -> parameter, as `trained(model)` gives them; or parameters
     n:int,                # Steps in total, counted from zero also after a resume
     seed:int=0,           # Everything random follows from it
     *,
@@ -172,8 +172,8 @@ def train_steps(
     state:dict=None,      # From a step's `state()`: go on there
 ):                        # Generator of `TrainStep`
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
-    _check_training(params, n, lr, mixed_precision)
-    here = _here()
+    params, here = _named(params), _here()
+    _check_training(n, lr, mixed_precision)
     device = next(iter(params.values())).device
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision=='fp16')
@@ -189,10 +189,15 @@ def train_steps(
                                averaged=averaged, optimizer=opt.state_dict(), step=i+1)
         yield TrainStep(i, loss.item(), averaged, good, now)
 
-def _check_training(params, n, lr, precision):
-    if not isinstance(params, dict) or not params:
-        raise ValueError("expected the parameters by name, as trained(model) gives them, "
-                         f"got {type(params).__name__}")
+def _named(params): # name -> parameter
+    if isinstance(params, nn.Module): return trained(params)
+    named = params if isinstance(params, dict) else {str(i): p for i, p in enumerate(params)}
+    if named and all(isinstance(p, torch.Tensor) and p.requires_grad for p in named.values()):
+        return named
+    raise ValueError("expected parameters that take a gradient, e.g. trained(model), "
+                     f"got {len(named)}, of {', '.join({type(p).__name__ for p in named.values()})}")
+
+def _check_training(n, lr, precision):
     if isinstance(n, bool) or not isinstance(n, int) or n<0:
         raise ValueError(f"expected a number of steps, 0 or more, got {n!r}")
     if not 0<lr<=1: raise ValueError(f"expected a learning rate above 0 and at most 1, got {lr}")

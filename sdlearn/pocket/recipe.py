@@ -41,10 +41,11 @@ def _write_json(path, content): # whole or not at all
 def _write_array(path, shape, fill, mark): # an .npy file, whole or not at all; `mark` beside it
     from tqdm.auto import tqdm
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.part')
+    part, few = path.with_suffix('.part'), shape[0]<999
     out = np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
-    fill(out, lambda steps, what: tqdm(steps, desc=what, disable=len(out)<999))
+    fill(out, lambda steps, what: tqdm(steps, desc=what, disable=few))
     out.flush()
+    del out                     # Windows moves no file that is still mapped
     os.replace(part, path)
     _write_json(path.with_suffix('.json'), mark)
 
