@@ -194,8 +194,8 @@ def _named(params): # name -> parameter
     named = params if isinstance(params, dict) else {str(i): p for i, p in enumerate(params)}
     if named and all(isinstance(p, torch.Tensor) and p.requires_grad for p in named.values()):
         return named
-    raise ValueError("expected parameters that take a gradient, e.g. trained(model), "
-                     f"got {len(named)}, of {', '.join({type(p).__name__ for p in named.values()})}")
+    kinds = ', '.join({type(p).__name__ for p in named.values()}) or 'none'
+    raise ValueError(f"expected parameters that take a gradient, e.g. trained(model), got {kinds}")
 
 def _check_training(n, lr, precision):
     if isinstance(n, bool) or not isinstance(n, int) or n<0:
