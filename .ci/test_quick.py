@@ -443,3 +443,27 @@ def test_a_hollow_tokenizer_is_refused(size, length):
         model_max_length = length
         def __len__(self): return size
     with pytest.raises(ValueError, match='49408 tokens'): check_tokenizer(Hollow())
+
+def test_pictures_are_taken_as_people_see_them():
+    import io
+    import numpy as np
+    from PIL import Image
+    from sdlearn.core import as_rgb, images_to_tensor, whole
+    from sdlearn.pipeline import _holes, as_mask
+    lying, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (8, 16)).save(lying, 'JPEG', exif=exif)
+    assert as_rgb(Image.open(lying)).size==(16, 8)
+    clear = Image.new('RGBA', (4, 4), (255, 0, 0, 0))
+    for im in (clear, clear.convert('LA')): assert images_to_tensor(im).min()==1
+    for a in (np.array([[0, 32768, 65535]], np.uint16), np.array([[0, .5, 1.]], np.float32)):
+        assert [as_rgb(Image.fromarray(a)).getpixel((i, 0))[0] for i in range(3)]==[0, 128, 255]
+    hole = np.zeros((16, 16), np.uint8)
+    hole[3, 5] = 255                                        # one pixel
+    erased = Image.new('RGB', (16, 16), 'red')
+    erased.putalpha(Image.fromarray(255-hole))
+    for kind in (Image.fromarray(hole), Image.fromarray(hole//255), Image.fromarray(hole).convert('1'), erased,
+                 Image.fromarray(hole.astype(np.uint16)*257)):
+        assert np.array_equal(np.asarray(as_mask(kind)), hole), kind.mode
+    assert _holes([as_mask(erased)], torch.zeros(1, 4, 2, 2)).flatten().tolist()==[1, 0, 0, 0]
+    assert [whole(x) for x in (3, np.int64(3), torch.tensor(3), True, 3., '3')]==[3, 3, 3, None, None, None]

@@ -23,7 +23,8 @@ def check_scale(
 ):
     "One place for the complaint about scales; gives the scale back"
     if isinstance(scale, Tensor): return scale
-    if not (isinstance(scale, Real) and math.isfinite(scale) and scale>=0):
+    number = isinstance(scale, Real) and not isinstance(scale, bool)
+    if not (number and math.isfinite(scale) and scale>=0):
         raise ValueError(f"expected a finite {name} of 0 or more, got {scale!r}; {cure}.")
     return scale
 

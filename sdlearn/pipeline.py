@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['check_inputs', 'unseen_words', 'encode_prompt', 'denoise', 'native_size', 'txt2img', 'generate_with_embs',
-           'start_step', 'img2img', 'inpaint', 'step_panel', 'noise_predictor']
+           'start_step', 'img2img', 'as_mask', 'inpaint', 'step_panel', 'noise_predictor']
 
 # %% ../nbs/38_pipeline.ipynb #b6794d7b
 import random, warnings
+from numbers import Real
 import numpy as np, torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
-from .core import image_grid, images_to_tensor
+from .core import as_rgb, image_grid, images_to_tensor, whole
 from .denoiser import noise_predictor
 from .guidance import check_scale
 from .sample import make_plan, noise_from, sample
@@ -36,16 +37,17 @@ def check_inputs(
                          "For a picture without a prompt use ''.")
     if bad := [p for p in prompts if not isinstance(p, str)]:
         raise ValueError(f"expected prompts that are strings, got {bad[0]!r}")
-    if not isinstance(num_inference_steps, int) or not 2<=num_inference_steps<=1000:
+    if not 2<=(whole(num_inference_steps) or 0)<=1000:
         raise ValueError("expected num_inference_steps from 2 to 1000, got "
                          f"{num_inference_steps!r}. The model was trained on 1000 noise levels, "
                          "and one step only gives the average picture; 20 to 50 is usual.")
     if guidance_scale is not None: check_scale(guidance_scale)
     for name, side in dict(height=height, width=width).items():
-        if not isinstance(side, int) or side<=0 or side%8:
+        if (whole(side) or 0)<=0 or side%8:
+            near = max(8, round(side/8)*8) if isinstance(side, Real) and abs(side)<1e9 else 512
             raise ValueError(f"expected a {name} that is a multiple of 8, got {side!r}. "
-                             f"Try {max(8, round(side/8)*8)}.")
-    if not 0<=strength<=1:
+                             f"Try {near}.")
+    if not isinstance(strength, Real) or not 0<=strength<=1:
         raise ValueError("expected a strength from 0 (the image as it is) to 1 (ignored), "
                          f"got {strength!r}")
 
@@ -100,20 +102,29 @@ def native_size(sd)->int: # Pixels
     "The side of the pictures a checkpoint was trained on: 128 for pocket, 512 for SD v1"
     return sd.unet.config.sample_size*8
 
-def _seeds(seed, n): # one integer per picture
+def _seeds(seed, n): # one integer or torch.Generator per picture
     if seed is None: seed = random.randrange(2**31)
-    seeds = [seed+i for i in range(n)] if isinstance(seed, int) else list(seed)
+    if (first := whole(seed)) is not None: return [first+i for i in range(n)]
+    seeds = [seed] if isinstance(seed, torch.Generator) else list(seed)
     if len(seeds)==n: return seeds
     raise ValueError(f"expected one seed or {n}, one per prompt, got {len(seeds)}")
 
-def _generators(seed, n): return [torch.Generator().manual_seed(s) for s in _seeds(seed, n)]
+def _generator(seed):
+    if isinstance(seed, torch.Generator): return seed
+    s = whole(seed)
+    if s is None or not 0<=s<2**64:
+        raise ValueError(f"expected a seed from 0 to 2**64-1 or a torch.Generator, got {seed!r}")
+    if s>=2**32: warnings.warn(f"torch keeps 32 bits of a seed: {s} draws what {s%2**32} draws")
+    return torch.Generator().manual_seed(s)
+
+def _generators(seed, n): return [_generator(s) for s in _seeds(seed, n)]
 
 def _prompts(prompt, eps_fn, seed, **asked): # one string per picture
     if eps_fn is None: return [prompt] if isinstance(prompt, str) else list(prompt or [])
     if said := [k for k, v in dict(prompt=prompt, **asked).items() if v is not None]:
         raise ValueError("expected an eps_fn alone, which has its prompt and guidance inside, "
                          f"got {', '.join(said)} as well")
-    return ['']*(1 if seed is None or isinstance(seed, int) else len(seed))
+    return ['']*(len(seed) if hasattr(seed, '__len__') else 1)
 
 def _ask(sd, prompts, eps_fn, negative_prompt, guidance_scale, guidance_interval):
     if eps_fn: return eps_fn
@@ -177,16 +188,17 @@ def start_step(
     "Which step image-to-image starts at, as diffusers counts"
     return num_inference_steps-min(int(num_inference_steps*strength), num_inference_steps)
 
-def _fit(image, n, mode='RGB'): # PIL image(s) of any mode -> one of that mode for each of n prompts
-    images = [image] if isinstance(image, Image.Image) or image is None else list(image)
+def _fit(image, n, convert=as_rgb): # PIL image(s) of any mode -> one for each of n prompts
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
     if bad := [i for i in images if not isinstance(i, Image.Image)]:
         raise ValueError(f"expected PIL images, got {type(bad[0]).__name__}. "
                          "Open a file with PIL.Image.open(path).")
     if len(images) not in (1, n):
         raise ValueError(f"expected one image or {n}, one per prompt, got {len(images)}")
+    images = [convert(i) for i in images]
     if len(sizes := {i.size for i in images})>1:
         raise ValueError(f"expected images of one size, got {sorted(sizes)}")
-    return [i.convert(mode) for i in images]*(n//len(images))
+    return images*(n//len(images))
 
 def _pixels(sd, images): return images_to_tensor(images).to(sd.device, sd.dtype)
 
@@ -225,14 +237,30 @@ def img2img(
     return _finish(sd, denoise(plan, ask, x, noise_fn, progress), on_step)
 
 # %% ../nbs/38_pipeline.ipynb #fc91f7f2
-def _masks(mask, images): # (B,1,H,W), 1 where the picture is to be redrawn
-    masks = _fit(mask, len(images), 'L')
-    size = images[0].size
+def as_mask(
+    mask:Image.Image, # White, 1, or what was erased to transparency: to be redrawn
+)->Image.Image:       # Grey, only 0 and 255
+    "A mask of any kind: bytes, zeros and ones, 16 bits, or a picture with a hole in it"
+    im = ImageOps.exif_transpose(mask)
+    alpha = np.asarray(im.convert('RGBA').getchannel('A'))
+    if alpha.min()<alpha.max(): hole = 255-alpha
+    else: hole = np.asarray(as_rgb(im).convert('L'))
+    if hole.max()==1: hole = hole*255                # zeros and ones
+    return Image.fromarray(((hole>127)*255).astype(np.uint8))
+
+def _masks(mask, images): # one PIL mask per picture, of its size
+    masks, size = _fit(mask, len(images), as_mask), images[0].size
     if masks[0].size!=size:
         raise ValueError(f"expected a mask of the image's size {size}, got {masks[0].size}. "
                          "Try mask.resize(image.size).")
-    pixels = [torch.from_numpy(np.array(m, dtype=np.float32))/255 for m in masks]
-    return torch.stack(pixels)[:, None].round()
+    if any(m.getextrema()==(0, 0) for m in masks):
+        warnings.warn("a mask is black everywhere, so nothing is redrawn. White is redrawn: "
+                      "PIL.ImageOps.invert(mask) turns it around.")
+    return masks
+
+def _holes(masks, latents): # (B,1,h,w), 1 where anything under a latent is to be redrawn
+    pixels = torch.stack([torch.from_numpy(np.asarray(m, dtype=np.float32)/255) for m in masks])
+    return F.max_pool2d(pixels[:, None], masks[0].height//latents.shape[-2]).to(latents)
 
 def inpaint(
     sd,                          # `SD` bundle from `load_sd`
@@ -240,6 +268,7 @@ def inpaint(
     image=None,                  # A PIL image or one per prompt, any mode; sides multiples of 8
     mask=None,                   # PIL image(s) of the same size: white is redrawn, black is kept
     strength:float=1.,           # How much of what is under the mask is forgotten
+    paste_back:bool=False,       # Put the kept pixels back, to the last bit; its edge may show
     negative_prompt=None, num_inference_steps:int=30, guidance_scale:float=None, # As in `txt2img`
     seed=None, sampler='dpmpp_2m', guidance_interval:tuple=None, # As in `txt2img`
     on_step=None, progress:bool=True, eps_fn=None,               # As in `txt2img`
@@ -254,14 +283,16 @@ def inpaint(
     latents, noise, noise_fn = _noised(sd, images, _generators(seed, len(prompts)))
     if first>=n: return latents_to_pil(latents.to(sd.dtype), sd.vae)
     plan = make_plan(sampler, n, sd.schedule).after(first)
-    hole = F.interpolate(masks, latents.shape[-2:]).to(latents)      # one number per latent
+    hole = _holes(masks, latents)
     def keep(step): # the last x_next is clean, so nothing is added there
         level = 0 if step.sigma_next==plan.sigmas[-1] else step.sigma_next
         step.x_next = torch.lerp(latents+level*noise, step.x_next, hole)
         if on_step: on_step(step)
     x = plan.start(noise, latents if first else None)
     ask = _ask(sd, prompts, eps_fn, **asked)
-    return _finish(sd, denoise(plan, ask, x, noise_fn, progress), keep)
+    drawn = _finish(sd, denoise(plan, ask, x, noise_fn, progress), keep)
+    if not paste_back: return drawn
+    return [Image.composite(*both) for both in zip(drawn, images, masks)]
 
 # %% ../nbs/38_pipeline.ipynb #7bbe0c34
 @torch.no_grad()
