@@ -17,8 +17,8 @@ def cells(path, kind='code'):
 
 # ---------------------------------------------------------------- structure
 
-rooms = '''core train attention tokenizer schedule guidance idea.autoencoder idea.contrast text vae unet denoiser
-    schedulers sample load pipeline judge idea.score idea.noise pocket.atlas pocket.scenes pocket.card
+rooms = '''core train attention tokenizer text vae unet schedule guidance denoiser schedulers sample load pipeline
+    idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.scenes pocket.card
     pocket.recipe pocket.evaluate pocket.__main__ cli bench'''.split()  # from the ground up
 
 def imports(path):
