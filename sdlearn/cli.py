@@ -112,7 +112,8 @@ def _check_room(n, height, width): # a decoder keeps some 64 channels at full si
     there = (pages('SC_PHYS_PAGES') or 0)*(pages('SC_PAGE_SIZE') or 0)
     if there and needed>there:
         raise ValueError(f"expected pictures that fit in memory, got {n} of {width}x{height}, "
-                         f"which need about {needed/1e9:.0f} of {there/1e9:.0f} GB. Draw fewer at once.")
+                         f"which need about {needed/1e9:.0f} of {there/1e9:.0f} GB. "
+                         "Draw fewer at once.")
 
 def _check(args): # before any work, and say where to write
     from sdlearn.pipeline import check_inputs
