@@ -139,7 +139,11 @@ def _load_theirs(folder, variant):
 
 # %% ../nbs/38_load.ipynb #09da00b7
 def _read(file): # a JSON file; nothing in it when it is not there
-    return json.loads(file.read_text(encoding='utf8')) if file.exists() else {}
+    if not file.exists(): return {}
+    try: said = json.loads(file.read_text(encoding='utf8'))
+    except ValueError as e: raise ValueError(f"expected JSON in {file}, but {e}") from None
+    if isinstance(said, dict): return said
+    raise ValueError(f"expected settings in {file}, got {said!r}")
 
 @dataclass
 class SD:

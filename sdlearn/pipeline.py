@@ -76,10 +76,10 @@ def encode_prompt(
     negative_prompt=None,  # What to move away from: a string, or one per picture; None: ''
 )->torch.Tensor:           # (2B,77,D), the negative half first
     "Text embeddings for guidance"
-    negative = negative_prompt or ''
+    negative = '' if negative_prompt is None else negative_prompt
     if isinstance(negative, str): negative = [negative]*len(prompts)
-    if len(negative)!=len(prompts):
-        raise ValueError(f"expected one negative prompt or {len(prompts)}, got {len(negative)}")
+    if not isinstance(negative, (list, tuple)) or len(negative)!=len(prompts):
+        raise ValueError(f"expected one negative prompt or {len(prompts)}, got {negative_prompt!r}")
     _warn_unseen(sd, prompts)
     both = [embed_prompts(sd.tokenizer, sd.text_encoder, p) for p in (list(negative), prompts)]
     return torch.cat(both).to(sd.dtype)
@@ -100,14 +100,15 @@ def denoise(
 # %% ../nbs/38_pipeline.ipynb #6e3861c3
 def native_size(sd)->int: # Pixels
     "The side of the pictures a checkpoint was trained on: 128 for pocket, 512 for SD v1"
+    if not hasattr(sd, 'unet'): raise ValueError(f"expected what load_sd gives, got {sd!r}")
     return sd.unet.config.sample_size*8
 
 def _seeds(seed, n): # one integer or torch.Generator per picture
     if seed is None: seed = random.randrange(2**31)
     if (first := whole(seed)) is not None: return [first+i for i in range(n)]
-    seeds = [seed] if isinstance(seed, torch.Generator) else list(seed)
+    seeds = list(seed) if hasattr(seed, '__len__') else [seed]
     if len(seeds)==n: return seeds
-    raise ValueError(f"expected one seed or {n}, one per prompt, got {len(seeds)}")
+    raise ValueError(f"expected one seed or {n}, one per prompt, got {len(seeds)}: {seed!r}")
 
 def _generator(seed):
     if isinstance(seed, torch.Generator): return seed
@@ -120,7 +121,10 @@ def _generator(seed):
 def _generators(seed, n): return [_generator(s) for s in _seeds(seed, n)]
 
 def _prompts(prompt, eps_fn, seed, **asked): # one string per picture
-    if eps_fn is None: return [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if eps_fn is None:
+        if isinstance(prompt, (list, tuple)): return list(prompt)
+        if isinstance(prompt, str): return [prompt]
+        raise ValueError(f"expected a prompt or a list of them, got {prompt!r}")
     if said := [k for k, v in dict(prompt=prompt, **asked).items() if v is not None]:
         raise ValueError("expected an eps_fn alone, which has its prompt and guidance inside, "
                          f"got {', '.join(said)} as well")
@@ -151,10 +155,10 @@ def txt2img(
     eps_fn=None,                 # eps_fn(x, sigma, t) to ask instead of prompt and guidance
 )->list:                         # PIL images, one per prompt
     "Text to image"
+    h, w = (native_size(sd) if side is None else side for side in (height, width))
     asked = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale,
                  guidance_interval=guidance_interval)
     prompts = _prompts(prompt, eps_fn, seed, **asked)
-    h, w = (native_size(sd) if side is None else side for side in (height, width))
     check_inputs(prompts, num_inference_steps, guidance_scale, h, w)
     plan = make_plan(sampler, num_inference_steps, sd.schedule)
     noise_fn = noise_from(_generators(seed, len(prompts)))
@@ -188,10 +192,10 @@ def start_step(
     "Which step image-to-image starts at, as diffusers counts"
     return num_inference_steps-min(int(num_inference_steps*strength), num_inference_steps)
 
-def _fit(image, n, convert=as_rgb): # PIL image(s) of any mode -> one for each of n prompts
+def _fit(image, n, convert=as_rgb, name='image'): # PIL image(s) -> one for each of n prompts
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     if bad := [i for i in images if not isinstance(i, Image.Image)]:
-        raise ValueError(f"expected PIL images, got {type(bad[0]).__name__}. "
+        raise ValueError(f"expected the {name} as PIL images, got {type(bad[0]).__name__}. "
                          "Open a file with PIL.Image.open(path).")
     if len(images) not in (1, n):
         raise ValueError(f"expected one image or {n}, one per prompt, got {len(images)}")
@@ -249,7 +253,7 @@ def as_mask(
     return Image.fromarray(((hole>127)*255).astype(np.uint8))
 
 def _masks(mask, images): # one PIL mask per picture, of its size
-    masks, size = _fit(mask, len(images), as_mask), images[0].size
+    masks, size = _fit(mask, len(images), as_mask, 'mask'), images[0].size
     if masks[0].size!=size:
         raise ValueError(f"expected a mask of the image's size {size}, got {masks[0].size}. "
                          "Try mask.resize(image.size).")

@@ -9,7 +9,8 @@ __all__ = ['is_scheduler', 'check_scheduler', 'read_scheduler']
 import copy, inspect
 import numpy as np, torch
 from .denoiser import make_step
-from .schedule import SD_V1, Schedule, alphas_cumprod, scale_input, unscale_input
+from .schedule import (SD_V1, Schedule, alphas_cumprod, check_steps, scale_input,
+                              unscale_input)
 
 # %% ../nbs/37b_schedulers.ipynb #4cbe3ed1
 def is_scheduler(sampler)->bool:
@@ -37,6 +38,9 @@ def check_scheduler(
     schedule:Schedule, # The checkpoint's
 ):
     "Refuse a scheduler whose noise levels or prediction type are not the checkpoint's"
+    if isinstance(scheduler, type):
+        raise ValueError(f"expected a scheduler, got the class {scheduler.__name__}. "
+                         "Make one with from_config.")
     name = type(scheduler).__name__
     train = getattr(scheduler, 'alphas_cumprod', None)
     if train is None:
@@ -47,6 +51,10 @@ def check_scheduler(
         raise ValueError(f"expected a scheduler with the checkpoint's betas, got {name} with "
                          "others. Make it with from_config and the checkpoint's "
                          "scheduler_config.json.")
+    tied = 'clip_sample', 'thresholding', 'use_flow_sigmas'
+    if on := [k for k in tied if scheduler.config.get(k)]:
+        raise ValueError(f"expected a scheduler for latents, got {name} with {', '.join(on)} on. "
+                         f"Switch it off: {', '.join(f'{k}=False' for k in on)}.")
     kind = scheduler.config.get('prediction_type', 'epsilon')
     if kind!=schedule.prediction_type:
         raise ValueError(f"expected prediction_type {schedule.prediction_type!r} as the checkpoint "
@@ -93,11 +101,15 @@ def read_scheduler(
 )->tuple:                    # The fields of a `Plan`: rule, timesteps, sigmas, start std, calls
     "A diffusers scheduler, as a plan"
     check_scheduler(scheduler, schedule)
+    n = check_steps(num_inference_steps, schedule)
     scheduler = copy.deepcopy(scheduler)
     scheduler.register_to_config(prediction_type='epsilon')    # that is what `eps_fn` gives it
-    scheduler.set_timesteps(num_inference_steps)
+    scheduler.set_timesteps(n)
     k, calls = scheduler.order, len(scheduler.timesteps)
     sigmas = _sigmas_of(scheduler)
+    if not sigmas[0]>sigmas[-2]:
+        raise ValueError("expected a scheduler that walks from noise to picture, got "
+                         f"{type(scheduler).__name__}, whose sigmas rise")
     steps = scheduler.timesteps[::k].tolist()
     std = float(scheduler.init_noise_sigma)
     if not _explodes(scheduler): std *= (sigmas[0]**2+1)**.5

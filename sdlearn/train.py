@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Callable
 import numpy as np, torch
 from torch import nn
@@ -103,7 +103,7 @@ class TrainStep:
     loss:float       # Before the step
     averaged:dict    # name -> moving average of the trained weights; changed by the next step
     good:bool        # Loss, gradient and weights are finite; if not, the average is from before
-    state:Callable   # state() -> what `train_steps(state=...)` goes on from
+    state:Callable   # state() -> what `train_steps(state=...)` goes on from; before the next step
 
 @torch.no_grad()
 def _finite(params): # NaN and infinity survive a sum
@@ -125,15 +125,18 @@ def _average(averaged, params, d): # averaged <- d*averaged + (1-d)*params
     for k, p in params.items(): averaged[k].lerp_(p, 1-d)
 
 def _restore(state, params, averaged, opt):
-    try:
-        with torch.no_grad():
-            for k, p in params.items(): p.copy_(state['params'][k])
-            for k, a in averaged.items(): a.copy_(state['averaged'][k])
-        opt.load_state_dict(state['optimizer'])
-    except (KeyError, RuntimeError, ValueError) as e:
-        raise ValueError(f"expected the state of these weights, got another: {e}. "
-                         "Delete it, or choose another path.") from None
+    shapes = {k: tuple(p.shape) for k, p in params.items()}
+    if {k: tuple(p.shape) for k, p in state['params'].items()}!=shapes:
+        raise ValueError("expected the state of these weights, got one with other names or "
+                         "shapes. Delete it, or choose another path.")
+    _put(params, state['params'])
+    _put(averaged, state['averaged'])
+    opt.load_state_dict(state['optimizer'])
     return state['step']
+
+@torch.no_grad()
+def _put(params, values):
+    for k, p in params.items(): p.copy_(values[k])
 
 def _seeded(loss_fn, rng, device, precision):
     "The loss, with torch's own random numbers following from the step's generator too"
@@ -145,8 +148,15 @@ def _seeded(loss_fn, rng, device, precision):
 
 def _update(loss, params, opt, scaler):
     "One optimiser step, unless loss or gradient are not finite; did it happen?"
+    if not isinstance(loss, torch.Tensor) or loss.numel()!=1 or not loss.requires_grad:
+        got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ValueError("expected a loss of one number that knows how it was computed, "
+                         f"got {got}. End it with .mean(), without .item() or .detach().")
     lost = not torch.isfinite(loss)
     scaler.scale(loss*float('nan') if lost else loss).backward()  # all processes shall hear of it
+    if all(p.grad is None for p in params):
+        raise ValueError("expected a loss that depends on the parameters, got one without a "
+                         "gradient for any of them. Is it computed by this model?")
     scaler.unscale_(opt)
     _share(params)
     size = nn.utils.clip_grad_norm_(params, 1.)
@@ -173,20 +183,24 @@ def train_steps(
 ):                        # Generator of `TrainStep`
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
     params, here = _named(params), _here()
-    _check_training(n, lr, mixed_precision)
+    _check_training(n, lr, ema, mixed_precision)
     device = next(iter(params.values())).device
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision=='fp16')
     averaged = {k: p.detach().clone() for k, p in params.items()}
     first = _restore(state, params, averaged, opt) if state else 0
+    here_is = [first]          # the step whose state can be had
     for i in range(first, n):
         for group in opt.param_groups: group['lr'] = lr*lr_factor(i, n, warmup, decay)
         rng = batch_rng(seed, i, here.process_index)
         loss = _seeded(loss_fn, rng, device, mixed_precision)
         good = _update(loss, [*params.values()], opt, scaler)
         if good: _average(averaged, params, ema_decay(i, ema))
-        def now(): return dict(params={k: p.detach() for k, p in params.items()},
-                               averaged=averaged, optimizer=opt.state_dict(), step=i+1)
+        def now(i=i):
+            if here_is[0]!=i: raise ValueError(f"expected state() before the next step, got {i}")
+            return dict(params={k: p.detach() for k, p in params.items()}, averaged=averaged,
+                        optimizer=opt.state_dict(), step=i+1)
+        here_is[0] = i
         yield TrainStep(i, loss.item(), averaged, good, now)
 
 def _named(params): # name -> parameter
@@ -197,10 +211,11 @@ def _named(params): # name -> parameter
     kinds = ', '.join({type(p).__name__ for p in named.values()}) or 'none'
     raise ValueError(f"expected parameters that take a gradient, e.g. trained(model), got {kinds}")
 
-def _check_training(n, lr, precision):
+def _check_training(n, lr, ema, precision):
     if isinstance(n, bool) or not isinstance(n, int) or n<0:
         raise ValueError(f"expected a number of steps, 0 or more, got {n!r}")
     if not 0<lr<=1: raise ValueError(f"expected a learning rate above 0 and at most 1, got {lr}")
+    if not 0<=ema<1: raise ValueError(f"expected ema from 0 to below 1, got {ema}")
     if precision not in ('no', 'bf16', 'fp16'):
         raise ValueError(f"expected mixed_precision 'no', 'bf16' or 'fp16', got {precision!r}")
 
@@ -215,12 +230,14 @@ def _code_mark(code): # what a function does, without the names of files
     inner = [c if not isinstance(c, CodeType) else _code_mark(c) for c in code.co_consts]
     return hashlib.sha256(repr((code.co_code, code.co_names, inner)).encode()).hexdigest()[:12]
 
-def _mark(x):
+def _mark(x, seen=()):
     if isinstance(x, (torch.Tensor, np.ndarray)): return _tensor_mark(x)
-    if isinstance(x, (list, tuple)): return [_mark(v) for v in x]
-    if isinstance(x, dict): return {k: _mark(v) for k, v in x.items()}
-    if isinstance(x, partial): return _mark([x.func, x.args, x.keywords])
-    if isinstance(x, FunctionType): return [_code_mark(x.__code__), _mark(_held(x))]
+    if isinstance(x, (list, tuple)): return [_mark(v, seen) for v in x]
+    if isinstance(x, dict): return {k: _mark(v, seen) for k, v in x.items()}
+    if isinstance(x, partial): return _mark([x.func, x.args, x.keywords], seen)
+    if isinstance(x, FunctionType):
+        if x in seen: return x.__name__
+        return [_code_mark(x.__code__), _mark(_held(x), (*seen, x))]
     if isinstance(x, (int, float, str, type(None))): return x
     return type(x).__name__
 
@@ -230,11 +247,15 @@ def fingerprint(
     "What a loss computes, and from which data"
     return hashlib.sha256(repr(_mark(x)).encode()).hexdigest()[:12]
 
-def _held(fn): # what a function finds outside itself: closed over, by default, or global data
-    cells = [c.cell_contents for c in fn.__closure__ or ()]
+def _held(fn): # what a function finds outside itself: closed over, by default, or global
+    cells = [c.cell_contents for c in fn.__closure__ or () if c!=_empty]
     named = [fn.__globals__[k] for k in fn.__code__.co_names if k in fn.__globals__]
-    data = [v for v in named if isinstance(v, (torch.Tensor, np.ndarray, int, float, str, tuple))]
-    return [cells, list(fn.__defaults__ or ()), data]
+    kinds = torch.Tensor, np.ndarray, int, float, str, list, tuple, dict
+    near = [v for v in named if isinstance(v, kinds) or
+            (isinstance(v, FunctionType) and v.__module__==fn.__module__)]
+    return [cells, fn.__defaults__, fn.__kwdefaults__, near]
+
+_empty = CellType()
 
 # %% ../nbs/91_train.ipynb #bcfc9e28
 def _go_on(path, mark, n): # the saved state, when it is of this training; its losses
@@ -270,6 +291,7 @@ def fit(
     "Train, save, preview and show: everything around `train_steps`"
     from tqdm.auto import tqdm
     here = _here()
+    if path and Path(path).is_dir(): raise ValueError(f"expected a file, got the folder {path}")
     params = trained(model.to(here.device))
     # with a decaying learning rate, another number of steps is another training
     length = dict(steps=steps) if settings.get('decay') else {}
@@ -277,6 +299,7 @@ def fit(
     with one_writer(path if here.is_main_process else None):
         state, losses = _go_on(path, mark, steps)
         averaged = state['averaged'] if state else {}
+        if state: _put(dict(model.named_buffers()), state['buffers'])
         stream = train_steps(partial(loss_fn, model), params, steps, seed, state=state, **settings)
         bar = tqdm(stream, initial=len(losses), total=steps,
                    disable=not (progress and here.is_main_process))
@@ -290,14 +313,11 @@ def fit(
                 with averaged_weights(params, averaged): preview(model, step.i+1)
             due = step.i+1==steps or time.time()-last>save_every
             if path and due and here.is_main_process:
-                save_state(step.state()|dict(losses=losses, mark=mark), path)
+                more = dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()))
+                save_state(step.state()|more, path)
                 last = time.time()
     if averaged: _put(params, averaged)
     return losses
-
-@torch.no_grad()
-def _put(params, values):
-    for k, p in params.items(): p.copy_(values[k])
 
 @contextmanager
 def averaged_weights(

@@ -469,10 +469,12 @@ class Recipe:
     bs:int=None             # Batch of every stage; None: each stage's own
     precision:str='bf16'    # 'no', 'bf16', or 'fp16' on older GPUs
 
-def check_recipe(r):
+def check_recipe(r): # before any work
     for k, v in vars(r).items():
-        if isinstance(v, int) and v<1:
-            raise ValueError(f"expected {k} of at least 1, got {v}")
+        if isinstance(v, int) and v<1: raise ValueError(f"expected {k} of at least 1, got {v}")
+    there = len(scenes.subjects())
+    if most := [k for k in ('subjects', 'known') if (getattr(r, k) or 0)>there]:
+        raise ValueError(f"expected {most[0]} of at most {there}, which the atlas has")
 
 def _rounded(net): # as the file will have it
     with torch.no_grad():
