@@ -633,3 +633,62 @@ def test_fingerprints_change_with_code_and_data_and_not_otherwise():
     for space, k in zip(spaces, (1, 1, 2)): exec(f'def helper(x): return {k}*x\ndef loss(g): return helper(few)', space)
     a, b, c = (fingerprint(s['loss']) for s in spaces)
     assert a==b!=c
+
+def test_plans_start_where_they_should():
+    noise, latents = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    for name in ('euler', 'dpmpp_2m'):
+        plan = make_plan(name, 10)
+        assert_close(plan.start(noise, latents), latents+plan.sigmas[0]*noise)
+        late = plan.after(4)
+        assert_close(late.start(noise), plan.sigmas[4]*noise)
+        assert late.sigmas==plan.sigmas[4:] and late.timesteps==plan.timesteps[4:]
+    assert make_plan('ddim', 10, Schedule(steps_offset=0)).timesteps[-1]==0
+    assert make_plan('ddim', 10, Schedule(steps_offset=3)).timesteps[-1]==3
+    assert make_plan('euler', 10, Schedule(num_train_timesteps=500)).timesteps[0]==499
+    said = read_schedule(dict(beta_start=.001, beta_end=.02))
+    assert said.steps_offset==0 and said.set_alpha_to_one is None           # as diffusers takes what is not said
+    assert make_plan('ddim', 5, said).sigmas[-1]==0<make_plan('pndm', 5, said).sigmas[-1]
+
+def test_one_scheduler_object_serves_two_pictures_at_once():
+    import diffusers
+    from sdlearn.schedule import alphas_cumprod
+    s = diffusers.UniPCMultistepScheduler.from_config(dict(beta_start=.00085, beta_end=.012,
+                                                           beta_schedule='scaled_linear'))
+    plan, x = make_plan(s, 5), torch.randn(1, 4, 4, 4)
+    def bent(x, sigma, t): return torch.sin(x)/(1+sigma)
+    pairs = [*zip(sample(plan, bent, plan.start(x)), sample(plan, bent, plan.start(-x)))]      # in turns
+    assert_close(pairs[-1][0].x_next, last(plan, bent, plan.start(x)))
+    assert_close(pairs[-1][1].x_next, last(plan, bent, plan.start(-x)))
+    assert len(alphas_cumprod())==len(s.alphas_cumprod)
+
+def test_seeds_count_on_from_the_first():
+    from sdlearn.pipeline import _seeds
+    assert _seeds(5, 3)==[5, 6, 7] and _seeds([9, 2], 2)==[9, 2] and len(set(_seeds(None, 4)))==4
+
+def test_the_seed_alone_decides():
+    from sdlearn.train import train_steps, trained
+    def losses(seed, global_seed):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(.5), torch.nn.Linear(8, 1))
+        torch.manual_seed(global_seed)
+        return [s.loss for s in train_steps(lambda g: line_loss(net, g), trained(net), 4, seed)]
+    assert losses(0, 1)==losses(0, 2)!=losses(1, 1)
+    v, w = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.full((1,), float('inf')))
+    assert not any(s.good for s in train_steps(lambda g: v.sum()**2, dict(v=v, w=w), 2))      # weights count too
+
+def test_a_tenth_of_the_captions_is_empty():
+    from sdlearn.pocket.recipe import unet_batch
+    emb, rows = torch.stack([torch.zeros(3, 2), torch.ones(3, 2)]), torch.ones(8, dtype=torch.long)
+    heard = []
+    class Listens(Stub):
+        def forward(self, x_in, t, words): return heard.append(words[:, 0, 0]) or 0*x_in+0*self.one
+    unet_batch(torch.randn(8, 4, 2, 2), emb, rows, bs=4000)(Listens(), torch.Generator().manual_seed(0))
+    assert abs(heard[0].mean().item()-.9)<.02
+
+def test_words_are_found_where_they_stand():
+    from sdlearn.attention import token_places
+    from sdlearn.load import pocket_path
+    from sdlearn.tokenizer import Tokenizer
+    tokenizer = Tokenizer.from_folder(pocket_path()/'tokenizer')
+    assert token_places(tokenizer, 'a picture of a cat on a beach', 'cat')==[5]
+    assert token_places(tokenizer, 'a picture of a cat on a beach', 'on a beach')==[6, 7, 8]
