@@ -647,6 +647,7 @@ def test_plans_start_where_they_should():
     assert make_plan('euler', 10, Schedule(num_train_timesteps=500)).timesteps[0]==499
     said = read_schedule(dict(beta_start=.001, beta_end=.02))
     assert said.steps_offset==0 and said.set_alpha_to_one is None           # as diffusers takes what is not said
+    said = read_schedule(dict(beta_start=.001, beta_end=.02, steps_offset=1))
     assert make_plan('ddim', 5, said).sigmas[-1]==0<make_plan('pndm', 5, said).sigmas[-1]
 
 def test_one_scheduler_object_serves_two_pictures_at_once():
