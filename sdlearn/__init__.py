@@ -1,4 +1,4 @@
-"Stable Diffusion, every piece opened; names and rooms load on first use, so that `import sdlearn` is light"
+"Stable Diffusion, every piece opened; names and rooms load on first use, so importing is light"
 __version__ = "0.1.0"
 from importlib import import_module as _load
 from pkgutil import iter_modules as _rooms
