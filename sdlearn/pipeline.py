@@ -272,10 +272,10 @@ def inpaint(
     image=None,                  # A PIL image or one per prompt, any mode; sides multiples of 8
     mask=None,                   # PIL image(s) of the same size: white is redrawn, black is kept
     strength:float=1.,           # How much of what is under the mask is forgotten
-    paste_back:bool=False,       # Put the kept pixels back, to the last bit; its edge may show
     negative_prompt=None, num_inference_steps:int=30, guidance_scale:float=None, # As in `txt2img`
     seed=None, sampler='dpmpp_2m', guidance_interval:tuple=None, # As in `txt2img`
     on_step=None, progress:bool=True, eps_fn=None,               # As in `txt2img`
+    paste_back:bool=False,       # Put the kept pixels back, to the last bit; its edge may show
 )->list:                         # PIL images, one per prompt
     "Inpainting with any checkpoint: image-to-image, with the kept part put back after each step"
     asked = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale,

@@ -7,7 +7,7 @@ __all__ = ['batch_rng', 'save_state', 'load_state', 'one_writer', 'ema_decay', '
            'fingerprint', 'fit', 'averaged_weights']
 
 # %% ../nbs/91_train.ipynb #08907efe
-import hashlib, math, os, pickle, time
+import hashlib, math, pickle, time
 from dataclasses import dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,6 +16,7 @@ from types import CellType, CodeType, FunctionType
 from typing import Callable
 import numpy as np, torch
 from torch import nn
+from .core import whole_file
 
 # %% ../nbs/91_train.ipynb #3d06d697
 def batch_rng(
@@ -33,13 +34,8 @@ def save_state(
     path,        # File; replaced in one move, so a kill leaves the old file or the new one
 ):
     "Write a training state atomically"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        torch.save(state, tmp)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    whole_file(path, lambda part: torch.save(state, part))
 
 def load_state(
     path,  # A file that `save_state` wrote

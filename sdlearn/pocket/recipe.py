@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import image_grid, seeded_noise, tensor_to_images
+from ..core import image_grid, seeded_noise, tensor_to_images, whole_file
 from ..denoiser import noise_loss, noise_predictor, predict_noise
 from ..idea.autoencoder import kl, sample_latents
 from ..idea.contrast import ImageEncoder, contrastive_loss
@@ -32,16 +32,15 @@ from ..train import fingerprint, fit, load_state, save_state
 from ..vae import decode, encode, scaling_factor
 
 # %% ../../nbs/64_recipe.ipynb #b43043db
-def _write_json(path, content): # whole or not at all
+def _write_json(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.tmp')
-    part.write_text(json.dumps(content, indent=2)+'\n', encoding='utf8')
-    os.replace(part, path)
+    text = json.dumps(content, indent=2)+'\n'
+    whole_file(path, lambda part: part.write_text(text, encoding='utf8'))
 
 def _write_array(path, shape, fill, mark): # an .npy file, whole or not at all; `mark` beside it
     from tqdm.auto import tqdm
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, few = path.with_suffix('.part'), shape[0]<999
+    part, few = path.with_suffix('.part'), shape[0]<999 # large: the next run writes over it
     out = np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
     fill(out, lambda steps, what: tqdm(steps, desc=what, disable=few))
     out.flush()
@@ -330,11 +329,11 @@ _their_text = dict(architectures=['CLIPTextModel'], model_type='clip_text_model'
 def _write_net(folder, config, weights, name='diffusion_pytorch_model'):
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
-    part, file = folder/'part.tmp', folder/f'{name}.safetensors'
     half = {k: v.detach().cpu().half().contiguous() for k, v in weights.items()}
-    save_file(half, part, metadata={'format': 'pt'})
-    part.chmod(0o644)
-    os.replace(part, file)
+    def write(part):
+        save_file(half, part, metadata={'format': 'pt'})
+        part.chmod(0o644)
+    whole_file(folder/f'{name}.safetensors', write)
     _write_json(folder/'config.json', config)
 
 def _write_pair(folder, pair):
