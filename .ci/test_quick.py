@@ -17,7 +17,7 @@ def cells(path, kind='code'):
 
 # ---------------------------------------------------------------- structure
 
-rooms = '''core train attention tokenizer text vae unet schedule guidance denoiser schedulers sample load pipeline
+rooms = '''configs core train attention tokenizer text vae unet schedule guidance denoiser schedulers sample load pipeline
     idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.scenes pocket.card
     pocket.recipe pocket.evaluate pocket.__main__ cli bench'''.split()  # from the ground up
 
@@ -693,3 +693,103 @@ def test_words_are_found_where_they_stand():
     tokenizer = Tokenizer.from_folder(pocket_path()/'tokenizer')
     assert token_places(tokenizer, 'a picture of a cat on a beach', 'cat')==[5]
     assert token_places(tokenizer, 'a picture of a cat on a beach', 'on a beach')==[6, 7, 8]
+
+# ---------------------------------------------------------------- configs and checkpoints
+
+from sdlearn.configs import check_model, read_config, text_config, unet_config, vae_config  # noqa: E402
+
+def defaults(init): # name -> default of everything that a class of the ecosystem can be told
+    import inspect
+    return {k: p.default for k, p in inspect.signature(init).parameters.items() if k not in ('self', 'kwargs')}
+
+def others(value): # values that a config might say instead
+    if value is None: return ['something', 2]
+    if isinstance(value, bool): return [not value]
+    if isinstance(value, str): return ['something']
+    return [value*2+1] if isinstance(value, (int, float)) else []
+
+def obeys(ours, theirs, ask): # with the same random weights
+    real = randomized(theirs)
+    try: ours.load_state_dict(real.state_dict())
+    except RuntimeError: return False
+    a, b = ask(ours.eval()), ask(real)
+    return a.shape==b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+def hold_to_the_table(known, ours, theirs, base, ask):
+    "Every key that the ecosystem's class knows: refused, or the two networks agree"
+    kept = refused = 0
+    for key, usual in defaults(theirs.__init__).items():
+        for value in others(usual)*(key not in base):
+            said = base|{key: value}
+            try: net = ours(said)
+            except ValueError as e:
+                assert key in str(e), (key, e)
+                refused += 1
+                continue
+            assert key in known.used or key in known.idle, key
+            try: real = theirs(**said)
+            except Exception: continue                       # refused there
+            assert obeys(net, real, ask), f'{key}={value!r} is taken, and gives another network'
+            kept += 1
+    return kept, refused
+
+tiny_unet = dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), norm_num_groups=4,
+                 layers_per_block=1, cross_attention_dim=12, attention_head_dim=2,
+                 down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))
+tiny_vae = dict(block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=16,
+                down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4)
+tiny_text = dict(vocab_size=49408, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 max_position_embeddings=77, hidden_act='quick_gelu', layer_norm_eps=1e-5)
+
+@torch.no_grad()
+def test_every_setting_of_a_network_is_obeyed_or_refused():
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from sdlearn.unet import UNet
+    from sdlearn.vae import VAE
+    x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12)
+    def ask_unet(net):
+        out = net(x, 300, words)
+        return out if torch.is_tensor(out) else out.sample
+    def ask_vae(net): return net.decoder(net.post_quant_conv(x))
+    kept, refused = hold_to_the_table(unet_config, UNet, UNet2DConditionModel, tiny_unet, ask_unet)
+    assert kept>=2 and refused>=30, (kept, refused)
+    kept, refused = hold_to_the_table(vae_config, VAE, AutoencoderKL, tiny_vae, ask_vae)
+    assert kept>=2 and refused>=6, (kept, refused)
+    for known, base in ((unet_config, tiny_unet), (vae_config, tiny_vae)):     # what is used is in the ecosystem's words
+        theirs = defaults((UNet2DConditionModel if known is unet_config else AutoencoderKL).__init__)
+        for key, value in known.used.items(): assert theirs[key]==value, key
+
+def test_settings_of_the_text_encoder():
+    from transformers import CLIPTextConfig, CLIPTextModel
+    from sdlearn.text import TextEncoder, flat_keys
+    theirs = CLIPTextConfig()
+    for key, value in text_config.used.items(): assert getattr(theirs, key)==value, key
+    ids = torch.randint(0, 49000, (2, 9))
+    for odd in (dict(layer_norm_eps=.1), dict(hidden_act='gelu'), dict(num_attention_heads=3), dict(projection_dim=7)):
+        real = randomized(CLIPTextModel(CLIPTextConfig(**tiny_text|odd)))
+        ours = TextEncoder(real.config.to_dict()).eval()        # all that this version of transformers writes
+        ours.load_state_dict(flat_keys(real.state_dict()))
+        with torch.no_grad(): assert_close(ours(ids), real(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+    for odd in (dict(hidden_act='relu'), dict(model_type='t5'), dict(born_tomorrow=1)):
+        with pytest.raises(ValueError, match=next(iter(odd))): TextEncoder(tiny_text|odd)
+
+@torch.no_grad()
+def test_a_vaes_own_scale_is_obeyed():
+    from diffusers import AutoencoderKL
+    from sdlearn.vae import VAE, decode, encode
+    theirs = randomized(AutoencoderKL(**tiny_vae, scaling_factor=.5))
+    ours = VAE(theirs.config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(1, 3, 16, 16)*2-1
+    expected = theirs.encode(x).latent_dist.mean*.5
+    for vae in (ours, theirs):
+        assert_close(encode(vae, x), expected, rtol=1e-4, atol=1e-4)
+        assert_close(decode(vae, expected), theirs.decode(expected/.5).sample, rtol=1e-4, atol=1e-4)
+
+def test_pixels_of_another_range_are_not_guessed_at():
+    from sdlearn.vae import VAE, encode
+    vae = VAE(tiny_vae)
+    for x in (torch.randint(0, 255, (1, 3, 16, 16)), torch.rand(1, 3, 16, 16)*255, torch.full((1, 3, 16, 16), float('nan')),
+              torch.rand(1, 4, 16, 16), torch.rand(3, 16, 16), torch.rand(1, 3, 0, 0)):
+        with pytest.raises(ValueError, match='expected'): encode(vae, x)
+    with pytest.warns(UserWarning, match='0..1'): encode(vae, torch.rand(1, 3, 16, 16))
