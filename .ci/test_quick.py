@@ -17,7 +17,7 @@ def cells(path, kind='code'):
 
 # ---------------------------------------------------------------- structure
 
-rooms = '''configs core train attention tokenizer text vae unet schedule guidance denoiser schedulers sample load pipeline
+rooms = '''configs core folders train attention tokenizer text vae unet schedule guidance denoiser schedulers sample load pipeline
     idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.scenes pocket.card
     pocket.recipe pocket.evaluate pocket.__main__ cli bench'''.split()  # from the ground up
 
@@ -793,3 +793,126 @@ def test_pixels_of_another_range_are_not_guessed_at():
               torch.rand(1, 4, 16, 16), torch.rand(3, 16, 16), torch.rand(1, 3, 0, 0)):
         with pytest.raises(ValueError, match='expected'): encode(vae, x)
     with pytest.warns(UserWarning, match='0..1'): encode(vae, torch.rand(1, 3, 16, 16))
+
+def old_names(unet, vae, text): # weights under the names of the first Stable Diffusion code
+    n, floors = unet.config.layers_per_block, len(unet.config.block_out_channels)
+    def res(k): # inside a residual block of the UNet
+        for new, old in dict(norm1='in_layers.0', conv1='in_layers.2', time_emb_proj='emb_layers.1', norm2='out_layers.0',
+                             conv2='out_layers.3', conv_shortcut='skip_connection').items(): k = k.replace(new, old)
+        return k
+    def unet_name(k):
+        for new, old in dict(linear_1='0', linear_2='2').items():
+            k = k.replace(f'time_embedding.{new}', f'time_embed.{old}')
+        k = k.replace('conv_norm_out', 'out.0').replace('conv_out', 'out.2').replace('conv_in.', 'input_blocks.0.0.')
+        if m := re.match(r'(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)', k):
+            way, i, kind, j, rest = m[1], int(m[2]), m[3], int(m[4]), m[5]
+            if kind=='downsamplers': return f'input_blocks.{(i+1)*(n+1)}.0.op.{rest.removeprefix("conv.")}'
+            deep = 'CrossAttn' in unet.config.up_block_types[i]
+            if kind=='upsamplers': return f'output_blocks.{i*(n+1)+n}.{1+deep}.{rest}'
+            place = i*(n+1)+j+1 if way=='down' else i*(n+1)+j
+            block = 'input_blocks' if way=='down' else 'output_blocks'
+            return f'{block}.{place}.{0 if kind=="resnets" else 1}.{res(rest) if kind=="resnets" else rest}'
+        for new, old in {'mid_block.resnets.0.': 0, 'mid_block.attentions.0.': 1, 'mid_block.resnets.1.': 2}.items():
+            if k.startswith(new):
+                rest = k.removeprefix(new)
+                return f'middle_block.{old}.{res(rest) if "resnets" in new else rest}'
+        return k
+    def vae_name(k):
+        m = re.match(r'(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(.*)', k)
+        if m:
+            i = int(m[3]) if m[2]=='down' else len(vae.config.block_out_channels)-1-int(m[3])
+            rest = m[4].replace('resnets.', 'block.').replace('conv_shortcut', 'nin_shortcut')
+            return f'{m[1]}.{m[2]}.{i}.'+rest.replace('downsamplers.0', 'downsample').replace('upsamplers.0', 'upsample')
+        k = k.replace('mid_block.resnets.0', 'mid.block_1').replace('mid_block.resnets.1', 'mid.block_2')
+        k = k.replace('mid_block.attentions.0', 'mid.attn_1').replace('group_norm', 'norm').replace('to_out.0', 'proj_out')
+        return k.replace('to_q', 'q').replace('to_k', 'k').replace('to_v', 'v').replace('conv_norm_out', 'norm_out')
+    old = {'model.diffusion_model.'+unet_name(k): v for k, v in unet.state_dict().items()}
+    old |= {'first_stage_model.'+vae_name(k): v[:, :, None, None] if 'attentions' in k and v.ndim==2 else v
+            for k, v in vae.state_dict().items()}
+    return old | {'cond_stage_model.transformer.text_model.'+k: v for k, v in text.state_dict().items()}
+
+def tiny_networks():
+    from sdlearn.text import TextEncoder
+    from sdlearn.unet import UNet
+    from sdlearn.vae import VAE
+    configs = dict(unet=tiny_unet, vae=tiny_vae, text_encoder=tiny_text)
+    return configs, dict(unet=randomized(UNet(tiny_unet)), vae=randomized(VAE(tiny_vae)),
+                         text_encoder=randomized(TextEncoder(tiny_text)))
+
+@pytest.mark.parametrize('networks', ['own', 'diffusers'])
+def test_one_file_of_the_first_code_is_read(tmp_path, monkeypatch, networks):
+    from safetensors.torch import save_file
+    from sdlearn import folders, load
+    configs, nets = tiny_networks()
+    for extra, kind in (({}, 'epsilon'), (dict(v_pred=torch.zeros(1)), 'v_prediction')):
+        old = old_names(nets['unet'], nets['vae'], nets['text_encoder'])
+        save_file({k: v.contiguous() for k, v in (old|extra).items()}, tmp_path/'one.safetensors')
+        monkeypatch.setattr(load, 'sd_v1', configs)
+        monkeypatch.setattr(load, 'split_file', lambda file: folders.split_file(file, configs))
+        sd = load.load_sd(str(tmp_path/'one.safetensors'), networks=networks)
+        assert sd.schedule.prediction_type==kind and sd.guidance_scale==7.5
+        for name, net in nets.items():
+            from sdlearn.text import flat_keys
+            got = getattr(sd, name).state_dict()
+            if name=='text_encoder': got = flat_keys(got)
+            assert got.keys()==net.state_dict().keys()
+            for k, v in net.state_dict().items(): assert torch.equal(got[k], v), k
+        sd.save(tmp_path/f'folder-{kind}')                       # and a folder comes of it
+        again = load.load_sd(tmp_path/f'folder-{kind}', networks='own')
+        assert again.schedule.prediction_type==kind and again.unet.config.cross_attention_dim==12
+
+def test_parts_of_large_weights_are_put_together(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from sdlearn.load import load_sd, pocket_path
+    shutil.copytree(pocket_path(), tmp_path/'a')
+    file = tmp_path/'a'/'unet'/'diffusion_pytorch_model.safetensors'
+    state = load_file(file)
+    names = sorted(state)
+    file.unlink()
+    index = {}
+    for i, part in enumerate((names[:50], names[50:]), 1):
+        name = f'diffusion_pytorch_model-0000{i}-of-00002.safetensors'
+        save_file({k: state[k] for k in part}, file.with_name(name), metadata=dict(format='pt'))
+        index |= {k: name for k in part}
+    said = dict(metadata=dict(total_size=1), weight_map=index)
+    file.with_name('diffusion_pytorch_model.safetensors.index.json').write_text(json.dumps(said))
+    for networks in ('own', 'diffusers'):
+        got = load_sd(tmp_path/'a', networks=networks).unet.state_dict()
+        for k, v in state.items(): assert torch.equal(got[k], v.float()), k
+    file.with_name(index[names[0]]).unlink()
+    with pytest.raises(ValueError, match='2 parts'): load_sd(tmp_path/'a', networks='own')
+
+def test_weights_that_are_no_numbers_to_calculate_with(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from sdlearn.load import load_sd, pocket_path
+    shutil.copytree(pocket_path(), tmp_path/'a')
+    file = tmp_path/'a'/'vae'/'diffusion_pytorch_model.safetensors'
+    save_file({k: v.to(torch.int8) for k, v in load_file(file).items()}, file)
+    for networks in ('own', 'diffusers'):
+        with pytest.raises(ValueError, match='I8'): load_sd(tmp_path/'a', networks=networks)
+
+@torch.no_grad()
+def test_stable_diffusion_2_is_drawn_by_diffusers_networks_and_refused_by_ours(tmp_path):
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from sdlearn import load_sd, txt2img
+    from sdlearn.load import pocket_path, scheduler_config
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**tiny_unet|dict(attention_head_dim=(1, 2), use_linear_projection=True)).eval()
+    text = CLIPTextModel(CLIPTextConfig(**tiny_text|dict(hidden_act='gelu'))).eval()
+    said = dict(scheduler_config, prediction_type='v_prediction')
+    pipe = StableDiffusionPipeline(AutoencoderKL(**tiny_vae).eval(), text, CLIPTokenizer.from_pretrained(pocket_path()/'tokenizer'),
+                                   unet, DDIMScheduler.from_config(said), None, None, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(3)
+    theirs = pipe('a fox', negative_prompt='snow', num_inference_steps=4, generator=g, output_type='np').images[0]
+    ours = txt2img(load_sd(tmp_path), 'a fox', 'snow', 4, seed=3, sampler='ddim', progress=False)[0]
+    import numpy as np
+    assert np.abs(np.asarray(ours)/255-theirs).max()<.01
+    with pytest.raises(ValueError, match='attention_head_dim|use_linear_projection'): load_sd(tmp_path, networks='own')
+
+def test_a_bundle_in_a_cell_is_a_few_lines():
+    from sdlearn import load_sd
+    text = repr(load_sd(networks='own'))
+    assert len(text.split('\n'))==5 and '128 pixels' in text and str(root) not in text
