@@ -916,3 +916,94 @@ def test_a_bundle_in_a_cell_is_a_few_lines():
     from sdlearn import load_sd
     text = repr(load_sd(networks='own'))
     assert len(text.split('\n'))==5 and '128 pixels' in text and str(root) not in text
+
+# ---------------------------------------------------------------- numbers and pictures as people have them
+
+def test_numbers_of_every_kind_are_the_same_numbers():
+    import numpy as np
+    from sdlearn import img2img, load_sd, txt2img
+    from PIL import Image
+    sd = load_sd(networks='own')
+    how = dict(sampler='euler', progress=False)
+    im = Image.new('RGB', (64, 64), 'red')
+    def picture(n, scale, seed, side, strength):
+        one = txt2img(sd, 'a cat', num_inference_steps=n, guidance_scale=scale, seed=seed, height=side, width=side, **how)[0]
+        two = img2img(sd, 'a cat', im, strength, num_inference_steps=n, guidance_scale=scale, seed=seed, **how)[0]
+        return one.tobytes()+two.tobytes()
+    plain = picture(2, 2., 5, 64, .5)
+    for whole, real in ((np.int64, np.float32), (np.uint8, np.float64), (torch.tensor, torch.tensor), (np.array, np.array)):
+        assert picture(whole(2), real(2.), whole(5), whole(64), real(.5))==plain
+    assert picture(2, 2, torch.Generator().manual_seed(5), 64, .5)!=plain       # the second goes on drawing from it
+    for odd in (True, '2', 2.5, None, float('nan'), [2]):
+        with pytest.raises(ValueError, match='num_inference_steps'): picture(odd, 2., 5, 64, .5)
+    for odd in (True, '2', float('nan'), float('inf'), -1, [2]):
+        with pytest.raises(ValueError, match='guidance_scale'): picture(2, odd, 5, 64, .5)
+    for odd in (True, '.5', float('nan'), -.1, 1.1, None, [.5]):
+        with pytest.raises(ValueError, match='strength'): img2img(sd, 'a cat', im, odd, num_inference_steps=2)
+    for odd in (True, 0, -8, 65, 64., '64', float('nan')):
+        with pytest.raises(ValueError, match='multiple of 8'): picture(2, 2., 5, odd, .5)
+    for odd in (True, -1, 2**64, 1.5, '7', [1, 2], {}):
+        with pytest.raises(ValueError, match='seed'): picture(2, 2., odd, 64, .5)
+
+@pytest.mark.parametrize('name', samplers)
+@pytest.mark.filterwarnings('ignore')
+def test_one_step_and_a_thousand(name):
+    from sdlearn import load_sd, txt2img
+    sd = load_sd(networks='own')
+    assert txt2img(sd, 'a cat', num_inference_steps=1, seed=1, sampler=name, progress=False)[0].size==(128, 128)
+    seen = []
+    def nothing(x, sigma, t):
+        seen.append(t)
+        return 0*x
+    txt2img(sd, num_inference_steps=1000, seed=1, sampler=name, eps_fn=nothing, height=8, width=8, progress=False)
+    assert len(seen)>=1000 and seen[0]==999 and seen[-1]==0
+
+def heard(fn):
+    import warnings
+    with warnings.catch_warnings(record=True) as all_of_them:
+        warnings.simplefilter('always')
+        fn()
+    return ' '.join(str(w.message) for w in all_of_them)
+
+def test_what_will_not_be_heard_or_done_is_said():
+    from PIL import Image
+    from sdlearn import img2img, load_sd, txt2img
+    from sdlearn.pipeline import start_step
+    sd = load_sd(networks='own')
+    def draw(negative, scale, **kw):
+        return lambda: txt2img(sd, 'a cat', negative, 2, scale, seed=1, height=64, width=64, progress=False, **kw)
+    assert 'not heard' in heard(draw('snow', 1)) and 'not heard' in heard(draw(['snow'], 1.))
+    for negative, scale in ((None, 1), ('', 1), ('snow', 3), ([''], 1)): assert not heard(draw(negative, scale))
+    im = Image.new('RGB', (64, 64), 'red')
+    assert 'less than one' in heard(lambda: img2img(sd, 'a cat', im, .24, num_inference_steps=4, progress=False))
+    assert not heard(lambda: start_step(4, .25)) and not heard(lambda: start_step(4, 0))
+    assert 'trailing' in heard(draw(None, 3, sampler='ddim')) and not heard(draw(None, 3))
+    for name, n in (('ddim', 501), ('ddpm', 600), ('pndm', 3)): assert 'trailing' in heard(lambda: make_plan(name, n))
+    assert not heard(lambda: make_plan('ddim', 20)) and not heard(lambda: make_plan('ddim', 1000))
+    import dataclasses
+    assert not heard(lambda: make_plan('ddim', 1, dataclasses.replace(SD_V1, timestep_spacing='trailing')))
+
+def test_small_rulers_do_not_guess():
+    from PIL import Image
+    from sdlearn.attention import word_map
+    from sdlearn.core import image_grid, images_to_tensor, noise_like, tensor_to_images
+    from sdlearn.idea.autoencoder import psnr
+    from sdlearn.idea.contrast import retrieval
+    from sdlearn.idea.noise import one_hot
+    from sdlearn.idea.score import accuracy
+    nan, im = torch.full((2, 3), float('nan')), Image.new('RGB', (8, 8))
+    for fn in (lambda: accuracy(lambda x: nan, None, torch.zeros(2)), lambda: retrieval(nan, nan),
+               lambda: psnr(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8)), lambda: one_hot([2.7]),
+               lambda: word_map(dict(a=torch.rand(1, 1, 4, 77)), [], (8, 8)), lambda: word_map({}, [1], (8, 8)),
+               lambda: image_grid([im, im.resize((4, 4))]), lambda: image_grid([]), lambda: image_grid([torch.zeros(3)]),
+               lambda: images_to_tensor([im, im.resize((4, 4))]), lambda: tensor_to_images(torch.zeros(1, 4, 8, 8)),
+               lambda: tensor_to_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), lambda: tensor_to_images(torch.full((1, 3, 8, 8), 255.)),
+               lambda: noise_like(torch.zeros(3, 2), [torch.Generator()])):
+        with pytest.raises(ValueError, match='expected'): fn()
+
+def test_a_device_that_is_not_there_is_a_sentence():
+    from sdlearn.load import usable_device
+    assert usable_device('cpu').type=='cpu' and usable_device(torch.device('cpu')).type=='cpu'
+    for odd in ('gpu', 'cuda:99', 'meta', 'mps', 7.5, ''):
+        if odd=='mps' and torch.backends.mps.is_available(): continue
+        with pytest.raises(ValueError, match='expected a device'): usable_device(odd)

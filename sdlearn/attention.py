@@ -100,6 +100,9 @@ def word_map(
     row:int=0,        # Which picture of the batch
 )->Tensor:            # (height,width) float32 in 0..1
     "One word's attention as a picture: heads, layers and tokens averaged, stretched to 0..1"
+    if not places or not maps:
+        raise ValueError(f"expected places of a word and maps, got {places} and {len(maps)} maps; "
+                         "token_places and attention_maps give them")
     out = torch.zeros(size)
     for m in maps.values():
         h = round((m.shape[2]*size[0]/size[1])**.5)

@@ -69,7 +69,7 @@ def noise_predictor(
         raise ValueError("expected text embeddings in two halves, the unconditional one first, "
                          f"got {tuple(text_embeddings.shape)}")
     uncond, text = text_embeddings.chunk(2)
-    check_scale(scale)
+    scale = check_scale(scale)
     def ask(x, sigma, t, words):
         x_in = scale_input(x, sigma)
         said = predict_noise(unet, x_in.to(text.dtype), t, words).to(x.dtype)

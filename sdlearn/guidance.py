@@ -8,25 +8,25 @@ __all__ = ['GRAD_ROOM', 'check_scale', 'cfg', 'blue_loss', 'brightness_loss', 'c
 
 # %% ../nbs/36_guidance.ipynb #87489ac9
 import math
-from numbers import Real
 from typing import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from .core import real
 
 # %% ../nbs/36_guidance.ipynb #4bfa5b10
 def check_scale(
-    # What somebody asked for; a tensor passes, reading it would make a GPU wait
+    # What somebody asked for; a tensor of several passes, reading it would make a GPU wait
     scale,
     name:str='guidance_scale',         # For the message
     cure:str='1 is off, 7.5 is usual', # For the message
 ):
     "One place for the complaint about scales; gives the scale back"
-    if isinstance(scale, Tensor): return scale
-    number = isinstance(scale, Real) and not isinstance(scale, bool)
-    if not (number and math.isfinite(scale) and scale>=0):
+    if isinstance(scale, Tensor) and scale.ndim: return scale
+    number = real(scale)
+    if number is None or number<0:
         raise ValueError(f"expected a finite {name} of 0 or more, got {scale!r}; {cure}.")
-    return scale
+    return number
 
 def cfg(
     # Noise predicted without the prompt, or for the negative prompt; any shape

@@ -8,15 +8,14 @@ __all__ = ['check_inputs', 'unseen_words', 'encode_prompt', 'denoise', 'native_s
 
 # %% ../nbs/38_pipeline.ipynb #b6794d7b
 import random, warnings
-from numbers import Real
 import numpy as np, torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
-from .core import as_rgb, image_grid, images_to_tensor, whole
+from .core import as_rgb, image_grid, images_to_tensor, real, whole
 from .denoiser import noise_predictor
 from .guidance import check_scale
 from .sample import make_plan, noise_from, sample
-from .schedule import scale_input
+from .schedule import check_steps, scale_input
 from .text import embed_prompts, get_token_embeds
 from .tokenizer import tokenize
 from .vae import encode, latents_to_pil
@@ -26,7 +25,7 @@ _all_ = ['noise_predictor']
 # %% ../nbs/38_pipeline.ipynb #9448fef6
 def check_inputs(
     prompts:list,                 # Strings
-    num_inference_steps:int=30,   # 2..1000
+    num_inference_steps:int=30,   # 1..1000
     guidance_scale:float=None,    # 0 or more; None: the checkpoint's own
     height:int=8, width:int=8,    # Multiples of 8
     strength:float=1.,            # 0..1
@@ -37,17 +36,14 @@ def check_inputs(
                          "For a picture without a prompt use ''.")
     if bad := [p for p in prompts if not isinstance(p, str)]:
         raise ValueError(f"expected prompts that are strings, got {bad[0]!r}")
-    if not 2<=(whole(num_inference_steps) or 0)<=1000:
-        raise ValueError("expected num_inference_steps from 2 to 1000, got "
-                         f"{num_inference_steps!r}. The model was trained on 1000 noise levels, "
-                         "and one step only gives the average picture; 20 to 50 is usual.")
+    check_steps(num_inference_steps)
     if guidance_scale is not None: check_scale(guidance_scale)
     for name, side in dict(height=height, width=width).items():
         if (whole(side) or 0)<=0 or side%8:
-            near = max(8, round(side/8)*8) if isinstance(side, Real) and abs(side)<1e9 else 512
+            near = max(8, round(number/8)*8) if (number := real(side)) else 512
             raise ValueError(f"expected a {name} that is a multiple of 8, got {side!r}. "
                              f"Try {near}.")
-    if not isinstance(strength, Real) or not 0<=strength<=1:
+    if not 0<=(-1 if (share := real(strength)) is None else share)<=1:
         raise ValueError("expected a strength from 0 (the image as it is) to 1 (ignored), "
                          f"got {strength!r}")
 
@@ -130,8 +126,15 @@ def _prompts(prompt, eps_fn, seed, **asked): # one string per picture
                          f"got {', '.join(said)} as well")
     return ['']*(len(seed) if hasattr(seed, '__len__') else 1)
 
+def _warn_unheard(sd, negative_prompt, guidance_scale):
+    scale = sd.guidance_scale if guidance_scale is None else guidance_scale
+    if scale==1 and negative_prompt not in (None, '') and any(negative_prompt):
+        warnings.warn("a negative prompt is not heard at guidance_scale 1, which asks the prompt "
+                      "alone. Take more than 1.")
+
 def _ask(sd, prompts, eps_fn, negative_prompt, guidance_scale, guidance_interval):
     if eps_fn: return eps_fn
+    _warn_unheard(sd, negative_prompt, guidance_scale)
     emb = encode_prompt(sd, prompts, negative_prompt)
     return noise_predictor(sd, emb, guidance_scale, guidance_interval)
 
@@ -144,7 +147,7 @@ def txt2img(
     sd,                          # `SD` bundle from `load_sd`
     prompt=None,                 # A string or a list of them
     negative_prompt=None,        # What to move away from: a string, or one per prompt
-    num_inference_steps:int=30,  # 2 to 1000
+    num_inference_steps:int=30,  # 1 to 1000; 20 to 50 are usual
     guidance_scale:float=None,   # 1 is off, 0 ignores the prompt; None: what the checkpoint likes
     seed=None,                   # An integer (picture i gets seed+i), one per prompt; None: random
     sampler='dpmpp_2m',          # A name in `sdlearn.sample.samplers`, or a diffusers scheduler
@@ -190,7 +193,11 @@ def start_step(
     strength:float,          # 0..1
 )->int:                      # First step to take; all are skipped at strength 0
     "Which step image-to-image starts at, as diffusers counts"
-    return num_inference_steps-min(int(num_inference_steps*strength), num_inference_steps)
+    taken = min(int(num_inference_steps*strength), num_inference_steps)
+    if strength and not taken:
+        warnings.warn(f"strength {strength:g} of {num_inference_steps} steps is less than one: "
+                      f"the image stays as it is. Take {1/num_inference_steps:.2g} or more.")
+    return num_inference_steps-taken
 
 def _fit(image, n, convert=as_rgb, name='image'): # PIL image(s) -> one for each of n prompts
     images = list(image) if isinstance(image, (list, tuple)) else [image]

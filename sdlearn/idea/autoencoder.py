@@ -63,6 +63,9 @@ def psnr(
     x:torch.Tensor, # (B,C,H,W), what it should be
 )->float:           # Decibels, the mean over the batch
     "Peak signal-to-noise ratio"
+    if y.shape!=x.shape:
+        raise ValueError(f"expected two batches of one shape, got {tuple(y.shape)} "
+                         f"and {tuple(x.shape)}")
     return (10*torch.log10(4/(y-x).pow(2).mean((1, 2, 3)))).mean().item()
 
 # %% ../../nbs/24_autoencoder.ipynb #7abc1ca8

@@ -105,5 +105,7 @@ def retrieval(
         raise ValueError("expected one caption per picture, "
                          f"got vectors {tuple(image.shape)} and {tuple(text.shape)}")
     dots = image@text.T
+    if not torch.isfinite(dots).all():
+        raise ValueError("expected finite vectors, got nan or inf: their largest is nobody's")
     right = torch.arange(len(image), device=image.device)
     return tuple((dots.argmax(d)==right).float().mean().item() for d in (1, 0))

@@ -79,6 +79,8 @@ def one_hot(
     "Classes as the network is told them"
     if labels is None: return torch.zeros(n, classes)
     labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"expected whole numbers for classes, got {labels.dtype}: {labels}")
     if labels.min()<0 or labels.max()>=classes:
         raise ValueError(f"expected classes 0..{classes-1}, got {labels.min()}..{labels.max()}")
     return F.one_hot(labels.long(), classes).float()

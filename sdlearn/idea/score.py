@@ -216,7 +216,11 @@ def accuracy(
     y:torch.Tensor, # (B,)
 )->float:           # 0..1
     "Share of pictures that the classifier calls by their label"
-    return (net(x).argmax(1)==y).float().mean().item()
+    said = net(x)
+    if not torch.isfinite(said).all():
+        raise ValueError("expected finite answers of the classifier, got nan or inf: "
+                         "its largest is nobody's")
+    return (said.argmax(1)==y).float().mean().item()
 
 # %% ../../nbs/20_score.ipynb #6adcf605
 def energy_distance(
