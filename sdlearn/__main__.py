@@ -1,0 +1,5 @@
+"python -m sdlearn: the command"
+import sys
+from .cli import main
+
+if __name__=='__main__': sys.exit(main())
