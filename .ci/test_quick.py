@@ -17,7 +17,7 @@ def cells(path, kind='code'):
 
 # ---------------------------------------------------------------- structure
 
-rooms = '''configs core folders train attention tokenizer text vae unet schedule guidance denoiser schedulers sample load pipeline
+rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser schedulers sample load pipeline
     idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.scenes pocket.card
     pocket.recipe pocket.evaluate pocket.__main__ infotext cli __main__ bench'''.split()  # from the ground up
 
@@ -1007,3 +1007,221 @@ def test_a_device_that_is_not_there_is_a_sentence():
     for odd in ('gpu', 'cuda:99', 'meta', 'mps', 7.5, ''):
         if odd=='mps' and torch.backends.mps.is_available(): continue
         with pytest.raises(ValueError, match='expected a device'): usable_device(odd)
+
+# words
+
+def both_tokenizers(folder=None):
+    from transformers import CLIPTokenizer
+    from sdlearn.load import pocket_path
+    from sdlearn.tokenizer import Tokenizer
+    folder = folder or pocket_path()/'tokenizer'
+    return Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder)
+
+def tokenizer_folder(path, config=None, special=None):
+    "A copy of pocket's tokenizer that says something else about its padding"
+    from sdlearn.load import pocket_path
+    shutil.copytree(pocket_path()/'tokenizer', path)
+    for name, said in (('tokenizer_config', config), ('special_tokens_map', special)):
+        file = path/f'{name}.json'
+        old = json.loads(file.read_text(encoding='utf8'))
+        file.write_text(json.dumps({k: v for k, v in old.items() if k!='pad_token'}|(said or {})), encoding='utf8')
+    return path
+
+def texts(n, seed=0):
+    "Strings of words, signs, numbers, accents, emoji and white space"
+    import random
+    rng = random.Random(seed)
+    pieces = ['cat', 'A Red FOX', "it's", "we'LL", 'axolotl', '42', '!', '?!', '🦦', 'é', 'e\u0301', '猫', '&amp;', 'ﬁsh', '<|endoftext|>',
+              ':', '(', ')', 'schÃ¶n', '½', '\n', '  ', '-', "'"]
+    return [''.join(rng.choice(pieces)+rng.choice(['', ' ', ' ', ', ']) for _ in range(rng.randint(0, 12))) for _ in range(n)]
+
+def test_marks_of_weights_are_read_and_all_else_is_text():
+    from sdlearn.tokenizer import read_weights
+    for typed, text, marks in (
+            ('a (red:1.3) fox', 'a red fox', [('red', 1.3)]), ('(a cat:1.3) and (dog:.7)', 'a cat and dog', [('a cat', 1.3), ('dog', .7)]),
+            ('((cat:1.2):1.5)', 'cat', [('cat', 1.2), ('cat', 1.5)]), ('(deep (snow:2):.5)', 'deep snow', [('snow', 2), ('deep snow', .5)]),
+            ('(cat : +1. )s', 'cat s', [('cat ', 1)]), ('(a (b) c:2)', 'a (b) c', [('a (b) c', 2)]), ('((cat:1.2)', '(cat', [('cat', 1.2)]),
+            ('(cat:1.2))', 'cat)', [('cat', 1.2)]), ('(a:1.2:1.3)', 'a:1.2', [('a:1.2', 1.3)]), ('(🦦:0) :)', '🦦 :)', [('🦦', 0)]),
+            (r'(\(cat\):1.2)', '(cat)', [('(cat)', 1.2)]), (r'a \(cat:1.2\)', 'a (cat:1.2)', []), (r'\(a (b:2)', '(a b', [('b', 2)]),
+            ('(1960:1.3)', '1960', [('1960', 1.3)]), ('(7 cats:2)', '7 cats', [('7 cats', 2)])):
+        found, spans = read_weights(typed)
+        assert found==text and [(text[a:b], w) for a, b, w in spans]==marks, typed
+    for text in ('', 'a campfire (oil on canvas)', '(cat:)', '(cat:abc)', '(:1.2)', '( :1.2)', '(cat:1.2', 'cat:1.2)', 'a :) b', '(16:9)', '( 2.35 : 1 )',
+                 '(cat:1.2.3)', '(cat:.)', '(cat:nan)', '(cat:inf)', '(cat:1e3)', '(cat:1,3)', '[cat:1.3]', '(cat)', '((cat))', '(cat:٣)', 'a\\b', ')('):
+        assert read_weights(text)==(text, []), text
+    for odd in ('(cat:13)', '(cat:-1)', '(cat:-.1)', '(cat:5.01)', '(cat:'+'9'*400+')', 'a (cat:1) (dog:6)'):
+        with pytest.raises(ValueError, match='from 0 to 5'): read_weights(odd)
+    with pytest.raises(ValueError, match='only strings'): read_weights(3)
+    assert read_weights('(cat:5)')[1]==[(0, 3, 5.)]
+    deep = '('*5000+'cat'+':1)'*5000
+    assert read_weights(deep)[0]=='cat' and read_weights('('*100_000)==('('*100_000, [])
+
+def test_weights_find_their_tokens():
+    from sdlearn.tokenizer import all_ids, token_weights
+    for tok in both_tokenizers():
+        def weights(prompt, n): return [round(w, 3) for w in token_weights(tok, prompt).tolist()[:n]]
+        assert weights('a (red:1.3) fox', 5)==[1, 1, 1.3, 1, 1] and token_weights(tok, 'x').tolist()==[1]*77
+        assert weights('an (axolotl:1.5).', 8)==[1, 1, 1.5, 1.5, 1.5, 1.5, 1, 1]       # ax o lot l
+        assert weights("(we:2)'ll (go:.5)", 5)==[1, 2, 1, .5, 1] and weights("we('ll:2) go", 4)==[1, 1, 2, 1]
+        assert weights('a pup(py:2) and (cat:.5)fish', 6)==[1, 1, 2, 1, .5, 1]        # the whole word: puppy, catfish
+        assert weights('(deep (snow:2):.5) (a:1) b', 6)==[1, .5, 1, 1, 1, 1]
+        assert weights('(cat cat:2) cat (cat:3)', 6)==[1, 2, 2, 1, 3, 1]
+        assert weights('(caf&eacute;:2)   (ﬁsh:3) it’s', 7)==[1, 2, 3, 1, 1, 1, 1]
+        long = token_weights(tok, 'cat '*70+'(dog dog dog dog dog dog dog:2) (owl:3)')
+        assert long.tolist()==[1]*71+[2]*5+[1]                                       # 75 fit; the end is no dog
+        assert token_weights(tok, 'cat '*75+'(dog:2)').tolist()==[1]*77
+        assert token_weights(tok, '(a:1.1) '*5000).tolist()==[1]+[pytest.approx(1.1)]*75+[1]
+        for text in texts(200):                                                       # a mark anywhere, made from the text itself
+            bare = text.replace('(', '').replace(')', '').replace(':', '')
+            cut = len(bare)//3, len(bare)*2//3
+            inside = bare[slice(*cut)]
+            if not inside.strip() or inside.strip().isdigit(): continue
+            typed = bare[:cut[0]]+'('+inside+':2.)'+bare[cut[1]:]
+            got, ids = token_weights(tok, typed), all_ids(tok, bare)
+            assert got[0]==1 and (got[len(ids)-1:]==1).all() and set(got.tolist())<={1., 2.}
+            places = (got==2).nonzero().flatten().tolist()
+            assert places==[*range(places[0], places[-1]+1)] if places else True
+            few = all_ids(tok, bare[:cut[0]])[:-1]
+            if ids[:len(few)]==few and places: assert places[0]==len(few)
+
+@torch.no_grad()
+def test_weights_move_embeddings_away_from_the_empty_prompt():
+    from sdlearn import load_sd
+    from sdlearn.pipeline import encode_prompt
+    from sdlearn.text import embed_prompts, encode_tokens
+    from sdlearn.tokenizer import tokenize
+    sd = load_sd(networks='own')
+    def plain(text): return encode_tokens(sd.text_encoder, tokenize(sd.tokenizer, text))
+    def embed(prompts): return embed_prompts(sd.tokenizer, sd.text_encoder, prompts)
+    nothing = plain('')
+    for typed, text, weights in (('a (red:1.3) fox', 'a red fox', {2: 1.3}), ('(a cat:.5) and (dog:2)', 'a cat and dog', {1: .5, 2: .5, 4: 2}),
+                                 ('((cat:1.2):1.5)', 'cat', {1: 1.8}), ('an (axolotl:0)', 'an axolotl', {2: 0, 3: 0, 4: 0, 5: 0})):
+        expected = plain(text)
+        for i, w in weights.items(): expected[0, i] = nothing[0, i]+w*(expected[0, i]-nothing[0, i])
+        found = embed(typed)
+        assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        for i in {*range(77)}-{*weights}: assert torch.equal(found[0, i], plain(text)[0, i])
+        assert_close(embed(['a dog', typed]), torch.cat([plain('a dog'), expected]), rtol=1e-5, atol=1e-5)
+        assert_close(encode_prompt(sd, ['a dog'], typed)[:1], expected, rtol=1e-5, atol=1e-5)      # in the negative prompt too
+    for text in ('a campfire (oil on canvas)', '(cat:)', 'a :) b', 'a screen (16:9)', 'A picture of a puppy.', ''):
+        assert torch.equal(embed(text), plain(text))
+    assert torch.equal(embed(r'a campfire \(oil on canvas\)'), plain('a campfire (oil on canvas)'))
+    half = embed_prompts(sd.tokenizer, sd.text_encoder.bfloat16(), 'a (red:1.3) fox')
+    assert half.dtype==torch.bfloat16 and half.isfinite().all()
+
+def test_marks_do_not_count_where_words_are_looked_for(tmp_path):
+    from sdlearn.attention import token_places
+    for tok in (*both_tokenizers(), *both_tokenizers(tokenizer_folder(tmp_path/'v2', special=dict(pad_token='!')))):
+        prompt = 'a (picture:.5) of a (CAT:1.3) on a (beach:2)'
+        assert token_places(tok, prompt, 'cat')==token_places(tok, prompt, '(cat:2)')==[5]
+        assert token_places(tok, prompt, 'on a beach')==[6, 7, 8]
+        with pytest.raises(ValueError, match="'dog'"): token_places(tok, prompt, 'dog')
+
+def said(f, *args, **kw):
+    "What is warned of"
+    import warnings
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        f(*args, **kw)
+    return [str(w.message) for w in caught]
+
+def test_what_is_cut_is_said_in_a_line():
+    from sdlearn.tokenizer import tokenize
+    for tok in both_tokenizers():
+        few, = said(tokenize, tok, 'very '*73+'small black cat')
+        assert "will not see 'cat'." in few and 'got 78' in few and 'more' not in few
+        assert not said(tokenize, tok, 'very '*73+'black cat')
+        book, = said(tokenize, tok, 'very '*75+' '.join(['one two three four five six seven eight nine ten eleven']+['word']*10000))
+        assert "'one two three four five six seven eight nine ten' and 10001 more tokens" in book and len(book)<250
+        assert len(said(tokenize, tok, 'a'*40000)[0])<400
+        halved, = said(tokenize, tok, 'very '*74+'🦦 indeed')
+        assert "'🦦 indeed'" in halved
+        assert len(said(tokenize, tok, ['cat', 'cat '*80, 'dog '*90]))==2
+
+def test_unseen_words_are_said_as_typed():
+    from sdlearn import load_sd
+    from sdlearn.pipeline import encode_prompt, unseen_words
+    for networks in ('own', 'diffusers'):
+        sd = load_sd(networks=networks)
+        assert unseen_words(sd, 'an otter, a QUARK, a (quark:1.3) and 🦠🦠')==['quark', '🦠🦠'] and unseen_words(sd, '')==[]
+        assert unseen_words(sd, 'cat '*75+'quark')==unseen_words(sd, 'cat '*74+'quark')==[]     # cut off: another warning says so
+        assert said(encode_prompt, sd, ['a (cat:1.2)'])==[]
+        names = ['xqz'+a+b for a in 'abcdefg' for b in 'jkv']
+        cut, unseen = sorted(said(encode_prompt, sd, [' '.join(names*500)]), key=lambda s: 'never' in s)
+        assert 'got' in cut and len(cut)<400 and len(unseen)<400
+        assert ' more words' in unseen and unseen.count("'")==20 and "'xqzaj', 'xqzak'" in unseen
+
+def test_arguments_that_a_tokenizer_does_not_know_are_refused():
+    import numpy as np
+    ours, theirs = both_tokenizers()
+    some = ['a cat', 'a very small axolotl']
+    for odd in (dict(padding='nonsense'), dict(padding=None), dict(return_tensors='tf'), dict(return_tensors=True), dict(truncation='nonsense')):
+        with pytest.raises(ValueError, match=f'expected {[*odd][0]} to be one of'): ours(some, **odd)
+    with pytest.raises(ValueError, match=r'lengths \[4, 9\]'): ours(some, return_tensors='np')
+    for kw in (dict(padding=True), dict(padding='longest'), dict(padding='max_length', max_length=12), dict(padding='do_not_pad'),
+               dict(padding=False), dict(padding='max_length', truncation='longest_first', max_length=5),
+               dict(padding='do_not_pad', truncation='do_not_truncate', max_length=5)):
+        a, b = ours(some, **kw), theirs(some, **kw)
+        assert a.input_ids==b.input_ids and a.attention_mask==b.attention_mask, kw
+    for kind in ('np', 'pt'):
+        for what in (some, 'a cat'):
+            a, b = (t(what, padding=True, return_tensors=kind) for t in (ours, theirs))
+            for k in ('input_ids', 'attention_mask'):
+                assert type(a[k]) is type(b[k]) and a[k].dtype==b[k].dtype and np.array_equal(a[k], b[k])
+
+v2 = {'content': '!', 'lstrip': False, 'rstrip': False, 'normalized': True, 'single_word': False}
+whole = {'0': v2|dict(special=True), '49407': v2|dict(content='<|endoftext|>', special=True)}
+
+@pytest.mark.parametrize('config, special', [
+    ({}, {}), (dict(pad_token='<|endoftext|>'), dict(pad_token='!')), (dict(pad_token='!'), dict(pad_token='<|endoftext|>')),
+    (dict(pad_token='!'), {}), (dict(pad_token=v2|{'__type': 'AddedToken'}), {}), ({}, dict(pad_token=v2)),
+    (dict(pad_token='!', added_tokens_decoder=whole), dict(pad_token='<|endoftext|>')),
+    (dict(pad_token='<|endoftext|>', added_tokens_decoder=whole), dict(pad_token='!'))])
+def test_padding_is_what_the_folder_says(tmp_path, config, special):
+    from sdlearn.tokenizer import clean_text, tokenize
+    ours, theirs = both_tokenizers(tokenizer_folder(tmp_path/'t', config, special))
+    assert (ours.pad_token, ours.pad_token_id)==(theirs.pad_token, theirs.pad_token_id)
+    for text in ('a cat!', '!', 'wow!!! a cat', '', *texts(50)):
+        short = dict(padding='max_length', truncation=True, max_length=40)
+        text = clean_text(text)
+        assert said(ours, text, **short) is not None and ours(text, **short).input_ids==theirs(text, **short).input_ids, text
+    assert torch.equal(tokenize(ours, ['a cat!', 'x']), tokenize(theirs, ['a cat!', 'x']))
+    with pytest.raises(ValueError, match='pad token'): both_tokenizers(tokenizer_folder(tmp_path/'u', dict(pad_token='[PAD]')))
+
+@pytest.mark.parametrize('pad', ['<|endoftext|>', '!'])
+def test_one_file_holds_all_that_two_do(tmp_path, pad):
+    from transformers import CLIPTokenizerFast
+    from sdlearn.tokenizer import Tokenizer, clean_text
+    theirs = CLIPTokenizerFast.from_pretrained(tokenizer_folder(tmp_path/'two', dict(pad_token=pad), dict(pad_token=pad)))
+    theirs.save_pretrained(tmp_path/'one')
+    for name in ('vocab.json', 'merges.txt'): (tmp_path/'one'/name).unlink(missing_ok=True)
+    ours = Tokenizer.from_folder(tmp_path/'one')
+    assert ours.vocab==theirs.get_vocab() and ours.pad_token_id==theirs.pad_token_id and len(ours)==49408
+    for text in map(clean_text, texts(200)): assert ours.encode(text)==theirs(text).input_ids, text
+    assert ours('a', padding='max_length').input_ids==theirs('a', padding='max_length', max_length=77).input_ids
+    file = tmp_path/'one'/'tokenizer.json'
+    old = json.loads(file.read_text(encoding='utf8'))
+    pairs = old['model']['merges']
+    old['model']['merges'] = [p if isinstance(p, str) else ' '.join(p) for p in pairs]      # as older versions wrote them
+    file.write_text(json.dumps(old), encoding='utf8')
+    assert Tokenizer.from_folder(tmp_path/'one').ranks==ours.ranks
+    old['model']['merges'] = pairs[:-1]
+    file.write_text(json.dumps(old), encoding='utf8')
+    with pytest.raises(ValueError, match='cut off'): Tokenizer.from_folder(tmp_path/'one')
+
+def test_half_a_tokenizer_is_refused(tmp_path):
+    from sdlearn.tokenizer import Tokenizer
+    folder = tokenizer_folder(tmp_path/'t')
+    file = folder/'merges.txt'
+    text = file.read_text(encoding='utf8')
+    for cut in (text[:100_000], text[:text.rstrip().rindex('\n')], text.rstrip()[:-5], text.replace('i n\n', '', 1), '', text+'cat dog\n'):
+        file.write_text(cut, encoding='utf8')
+        with pytest.raises(ValueError, match='expected 48894 merges.*get vocab.json and merges.txt again'): Tokenizer.from_folder(folder)
+    file.write_text(text.replace('\n', '\r\n'), encoding='utf8', newline='')                 # what git does on Windows
+    assert Tokenizer.from_folder(folder).encode('a panda')==[49406, 320, 12952, 49407]
+    file.write_text(text, encoding='utf8')
+    vocab = json.loads((folder/'vocab.json').read_text(encoding='utf8'))
+    (folder/'vocab.json').write_text(json.dumps({t: i for t, i in vocab.items() if i!=30000}), encoding='utf8')
+    with pytest.raises(ValueError, match='got 48894'): Tokenizer.from_folder(folder)
+    (folder/'vocab.json').unlink()
+    with pytest.raises(ValueError, match='missing: vocab.json'): Tokenizer.from_folder(folder)

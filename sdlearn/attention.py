@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from .tokenizer import read_weights, tokenize
 
 # %% ../nbs/32_attention.ipynb #869ca9c8
 @torch.no_grad()
@@ -80,13 +81,12 @@ def attention_maps(
 # %% ../nbs/32_attention.ipynb #88cfc078
 def token_places(
     tokenizer,  # `Tokenizer` or CLIPTokenizer
-    prompt:str, # A prompt
+    prompt:str, # A prompt; marks such as (word:1.3) do not count
     word:str,   # A word or phrase in it
 )->list:        # Its places among the 77 tokens
     "Where a word stands in a prompt; one that is not in it raises with the tokens that are"
-    rows = tokenizer([prompt, word], padding='max_length', truncation=True, max_length=77,
-                     return_tensors='pt').input_ids.tolist()
-    ids, wanted = ([i for i in row if i!=row[-1]][1:] for row in rows)
+    rows = tokenize(tokenizer, [read_weights(t)[0] for t in (prompt, word)]).tolist()
+    ids, wanted = (row[1:row.index(tokenizer.eos_token_id)] for row in rows)
     hits = [i for i in range(len(ids)-len(wanted)+1) if wanted and ids[i:i+len(wanted)]==wanted]
     if not hits:
         raise ValueError(f"expected a word of the prompt, got {word!r}; "

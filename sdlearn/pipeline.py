@@ -17,7 +17,7 @@ from .guidance import check_scale
 from .sample import make_plan, noise_from, sample
 from .schedule import check_steps, scale_input
 from .text import embed_prompts, get_token_embeds
-from .tokenizer import tokenize
+from .tokenizer import all_ids, read_weights, word_ends
 from .vae import encode, latents_to_pil
 
 _all_ = ['noise_predictor']
@@ -51,19 +51,22 @@ def check_inputs(
 def unseen_words(
     sd,            # `SD` bundle
     prompt:str,    # What is to be drawn
-)->list:           # Words or pieces of words without a trained embedding
-    "Words that the text encoder was never trained on (their token embedding is zero)"
-    ids = tokenize(sd.tokenizer, prompt)[0]
-    names = sd.tokenizer.convert_ids_to_tokens(ids.tolist())
-    rows = get_token_embeds(sd.text_encoder, ids)
-    return [w.replace('</w>', '') for w, row in zip(names, rows) if not row.any()]
+)->list:           # Words of which a piece has no trained embedding, each once
+    "Words that the text encoder was never trained on (a token embedding is zero)"
+    fit = sd.tokenizer.model_max_length-1   # without the end token
+    ids = all_ids(sd.tokenizer, read_weights(prompt)[0])[:-1][:fit]
+    seen = get_token_embeds(sd.text_encoder, ids).any(-1)
+    ends = word_ends(sd.tokenizer, ids)     # the first is the start token's
+    words = [ids[a:b] for a, b in zip(ends, ends[1:]) if not seen[a:b].all()]
+    return [*dict.fromkeys(sd.tokenizer.decode(w).strip() for w in words)]
 
 # %% ../nbs/38_pipeline.ipynb #7df4b316
 def _warn_unseen(sd, prompts):
     for p in prompts:
         if words := unseen_words(sd, p):
+            more = f' and {len(words)-10} more words' if len(words)>10 else ''
             warnings.warn("this checkpoint has never seen "
-                          f"{', '.join(map(repr, dict.fromkeys(words)))}; it draws anyway. "
+                          f"{', '.join(map(repr, words[:10]))}{more}; it draws anyway. "
                           "sdlearn.pocket.subjects() lists what pocket knows.")
 
 def encode_prompt(
