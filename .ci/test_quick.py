@@ -1,5 +1,5 @@
 "Checks in seconds, no training: structure, tiny networks, samplers, schedules, the recipe's losses"
-import ast, configparser, importlib, json, math, os, re, shutil, subprocess, sys
+import ast, configparser, importlib, importlib.util, json, math, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch.testing import assert_close
@@ -48,8 +48,22 @@ def test_a_notebook_exports_the_module_of_its_name():
         assert title.lower().replace(' ', '_')==name, f'{path.name} is called {title!r}'
         exported = [m[1] for _, s in cells(path) for m in re.finditer(r'#\| default_exp (\S+)', s)]
         for module in exported: assert module.split('.')[-1]==name, f'{path.name} exports {module}'
-        colab = f'/nbs/{path.name})'
-        assert any(colab in s for _, s in cells(path, 'markdown')), f"{path.name} has another's Colab badge"
+
+def test_badges_and_install_cells_follow_the_address():
+    from importlib.machinery import SourceFileLoader
+    loader = SourceFileLoader('address', str(root/'.ci'/'address'))
+    tool = importlib.util.module_from_spec(importlib.util.spec_from_loader('address', loader))
+    loader.exec_module(tool)
+    for path in lessons:
+        first = cells(path, 'markdown')[0][1]
+        assert tool.with_badge(first, path.name)==first, f'{path.name}: run .ci/address'
+        for cell, source in cells(path): assert tool.with_install(source)==source, f'{path.name} {cell}: run .ci/address'
+    tool.address = lambda: ('https://github.com/somebody/sdlearn', 'main', 'sdlearn')
+    badge = tool.with_badge('# A lesson', '10_using.ipynb')
+    assert badge.endswith('(https://colab.research.google.com/github/somebody/sdlearn/blob/main/nbs/10_using.ipynb)')
+    assert tool.with_install('%pip install -q sdlearn')=='%pip install -q git+https://github.com/somebody/sdlearn'
+    tool.address = lambda: ('', 'main', 'sdlearn')
+    assert tool.with_badge(badge, '10_using.ipynb')=='# A lesson'
 
 def test_links_lead_somewhere():
     for path in notebooks:

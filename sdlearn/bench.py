@@ -116,7 +116,7 @@ p('A picture of a fox', num_inference_steps={steps})
 _report = r"""
 import pathlib, re, resource
 s = pathlib.Path('/proc/self/status')      # on Linux ru_maxrss counts the parent too
-print(int(re.search(r'VmHWM:\s+(\d+)', s.read_text())[1]) if s.exists()
+print(int(re.search(r'VmHWM:\s+(\d+)', s.read_text(encoding='utf8'))[1]) if s.exists()
       else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -228,5 +228,5 @@ def energy_distance(
     b:torch.Tensor, # (M,D) features
 )->float:           # At least 0; of two finite samples of one distribution a little above it
     "How far two heaps lie apart (Székely & Rizzo 2013, eq. 1)"
-    a, b = a.flatten(1).double(), b.flatten(1).double()
+    a, b = (x.flatten(1).cpu().double() for x in (a, b)) # Apple's GPUs have no float64
     return (2*torch.cdist(a, b).mean()-torch.cdist(a, a).mean()-torch.cdist(b, b).mean()).item()
