@@ -89,9 +89,10 @@ def nearest(
     word:str, # What somebody wrote
     known,    # What there is
 )->str:       # A sentence for an error message
-    "Did you mean ...?"
-    near = get_close_matches(str(word), [*known], 3, .5)
-    return f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join([*known][:30])}"
+    "Did you mean ...? Names that have the word in them come first, then those spelled alike"
+    near = [k for k in known if str(word) in k.split()]
+    near += get_close_matches(str(word), [k for k in known if k not in near], 3, .5)
+    return f"Did you mean {', '.join(near[:3])}?" if near else f"Known: {', '.join([*known][:30])}"
 
 # %% ../../nbs/60_atlas.ipynb #9b88f5d2
 def _key(name): return str(name).strip().lower().replace('’', "'")
@@ -104,7 +105,8 @@ def spelled(
 )->str:        # As the atlas spells it: "kitten", "woman’s hat"
     "A name as captions have it; an unknown one raises with the nearest names"
     if _key(name) in _index(): return _index()[_key(name)][1]
-    raise ValueError(f"expected a subject, got {name!r}. {nearest(_key(name), _index())}")
+    known = [n for _, n in _index().values()]
+    raise ValueError(f"expected a subject, got {name!r}. {nearest(_key(name), known)}")
 
 def find(
     name:str,  # A subject's name or another word for it, e.g. "kitten"

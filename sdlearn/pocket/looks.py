@@ -46,11 +46,6 @@ def _paper(): # soft stains, always the same ones, so that they can be learned
     stains = Image.fromarray((np.random.default_rng(0).random((9, 9))*255).astype('uint8'))
     return _array(stains.resize((picture_side, picture_side), Image.BICUBIC))[..., None]
 
-@lru_cache
-def _strokes(): # of a brush: diagonal, 8 pixels apart
-    y, x = np.mgrid[:picture_side, :picture_side]
-    return (np.sin((x+y)*np.pi/4)*.5)[..., None].astype(np.float32)
-
 def _watercolor(im): # pale washes with soft borders and a darker rim, on stained paper
     soft = im.filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(1))
     grey = soft.convert('L')
@@ -58,11 +53,18 @@ def _watercolor(im): # pale washes with soft borders and a darker rim, on staine
     wash = 1-(1-_array(soft))*(.45+.45*_paper())
     return wash-1.1*rim*(1.1-_array(soft))
 
+# %% ../../nbs/60c_looks.ipynb #ae5fadce
+@lru_cache
+def _strokes(): # of a brush: diagonal, 8 pixels apart
+    y, x = np.mgrid[:picture_side, :picture_side]
+    return (np.sin((x+y)*np.pi/4)*.5)[..., None].astype(np.float32)
+
 def _oil(im): # flat dabs, strong colours, strokes in relief
     a = _array(im.filter(ImageFilter.MedianFilter(7)).filter(ImageFilter.SMOOTH))
     grey = a.mean(-1, keepdims=True)
     return ((grey+1.4*(a-grey))*.9+_strokes()*.07)*_rgb(1, .97, .88)
 
+# %% ../../nbs/60c_looks.ipynb #1e0e4e78
 def _pencil(im): # colour dodge of the inverted blur: lines where brightness changes
     grey = _grey(im)
     inverted = Image.fromarray((255*(1-grey[..., 0])).astype('uint8'))
@@ -70,6 +72,7 @@ def _pencil(im): # colour dodge of the inverted blur: lines where brightness cha
     line = (grey/np.maximum(1-blur, .04)).clip(0, 1)
     return line**1.5*(.80+.2*grey)*_rgb(.98, .97, .94)
 
+# %% ../../nbs/60c_looks.ipynb #ba41248f
 def _pixel(im): # 16x16 blocks, each under one latent
     return _array(im.resize((16, 16), Image.HAMMING).resize(im.size, Image.NEAREST))
 
