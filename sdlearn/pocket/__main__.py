@@ -1,4 +1,12 @@
-"python -m sdlearn.pocket train | evaluate | card"
-from .evaluate import main
+"python -m sdlearn.pocket train | evaluate | card | atlas"
+import sys
 
-if __name__=='__main__': main()
+def run(argv):
+    "Making the atlas needs neither torch nor a checkpoint, so it stands apart"
+    if argv[:1]==['atlas']:
+        from .emoji import main
+        return main(argv[1:])
+    from .evaluate import main
+    return main(argv)
+
+if __name__=='__main__': run(sys.argv[1:])
