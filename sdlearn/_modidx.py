@@ -198,6 +198,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdlearn.load.SD.dtype': ('load.html#sd.dtype', 'sdlearn/load.py'),
                               'sdlearn.load.SD.save': ('load.html#sd.save', 'sdlearn/load.py'),
                               'sdlearn.load.SD.to': ('load.html#sd.to', 'sdlearn/load.py'),
+                              'sdlearn.load.SD.unload': ('load.html#sd.unload', 'sdlearn/load.py'),
                               'sdlearn.load._copy_rest': ('load.html#_copy_rest', 'sdlearn/load.py'),
                               'sdlearn.load._fill': ('load.html#_fill', 'sdlearn/load.py'),
                               'sdlearn.load._load_file': ('load.html#_load_file', 'sdlearn/load.py'),

@@ -8,7 +8,7 @@ __all__ = ['scheduler_config', 'model_index', 'load_own', 'SD', 'usable_device',
 
 # %% ../nbs/38_load.ipynb #44ace66e
 import json, os, shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 import torch
@@ -93,6 +93,7 @@ class SD:
     path:Path            # The folder or file it came from
     guidance_scale:float=7.5 # What the checkpoint recommends: 7.5 for SD v1, less for pocket
     schedule:Schedule=Schedule() # Its noise levels, and what its network predicts
+    undo:list=field(default_factory=list) # Takes back what was put on it, see `unload`
 
     @property
     def device(self): return next(self.unet.parameters()).device
@@ -102,6 +103,10 @@ class SD:
         "Move and convert all networks"
         # diffusers' own `to` warns about every dtype
         for net in (self.text_encoder, self.vae, self.unet): nn.Module.to(net, *args)
+        return self
+    def unload(self):
+        "Take back everything that was put on the checkpoint, the last first"
+        while self.undo: self.undo.pop()()
         return self
     def save(self,
         folder, # A new one
