@@ -121,6 +121,42 @@ def test_a_bare_import_is_light_and_lists_its_rooms():
     env = os.environ|dict(PYTHONUTF8='0', LC_ALL='POSIX')       # as on a machine that does not speak UTF-8
     subprocess.run([sys.executable, '-c', code], check=True, env=env, cwd=root)
 
+# ---------------------------------------------------------------- pocket's data
+
+def words_of(s): return '|'.join(map(str, (s.subject, s.style, s.background, s.color, s.size, s.place, s.count, s.close_up,
+                                           s.relation, s.other, s.other_color, s.seed)))
+
+def fingerprint(texts):
+    import hashlib
+    return hashlib.sha256('\n'.join(texts).encode()).hexdigest()
+
+def quarters(im):
+    "Mean colours of a picture's four quarters: enough to notice another layout, whatever the version of Pillow"
+    import numpy as np
+    return np.asarray(im, float).reshape(2, 64, 2, 64, 3).mean((1, 3)).ravel()
+
+def test_scenes_are_those_that_pocket_was_trained_on():
+    import numpy as np
+    from sdlearn.pocket.scenes import caption, draw, held_out, scene
+    golden = json.loads((root/'.ci'/'scenes.json').read_text(encoding='utf8'))
+    scenes = [scene(i) for i in range(300)]
+    assert fingerprint(map(words_of, scenes))==golden['scenes'] and fingerprint(map(caption, scenes))==golden['captions']
+    assert fingerprint(map(words_of, held_out()))==golden['held_out']
+    seen = np.stack([quarters(draw(s)) for s in scenes[:240]])
+    want = np.frombuffer(bytes.fromhex(golden['quarters']), np.uint8).reshape(seen.shape)
+    assert np.abs(seen-want).max()<2.5, scenes[int(np.abs(seen-want).max(1).argmax())]
+
+def test_atlas_in_the_box_is_whole():
+    from sdlearn.pocket.atlas import check_atlas, cutout, find, folder, read_sheet, read_subjects
+    check_atlas()
+    who = read_subjects()
+    for unseen in (False, True):                       # no gap, no overlap, nothing left over
+        mine = [s for s in who if s.unseen==unseen]
+        assert [s.at for s in mine]==[sum(len(t.designs) for t in mine[:i]) for i in range(len(mine))]
+        assert read_sheet(unseen=unseen).mode=='RGBA'
+    assert sum(f.stat().st_size for f in folder.iterdir())<14e6
+    assert (find('kitten').names[0], cutout('cat', 'twemoji').tobytes())==('cat', cutout('kitten', 2).tobytes())
+
 # ---------------------------------------------------------------- networks
 
 def randomized(net, seed=0):
