@@ -151,15 +151,13 @@ def kept(
     mark:str,  # What it was made from
     make,      # make() -> what to keep: tensors, numbers, lists
 ):             # What was kept
-    "Made once, and only what was made from the same is taken"
-    if Path(path).exists():
-        said = load_state(path)
-        if said['mark']==mark: return said['kept']
-        raise ValueError(f"expected {path} to hold what this run made, got something else. "
-                         "Delete it, or choose another folder.")
-    made = make()
-    save_state(dict(kept=made, mark=mark), path)
-    return made
+    "Made once, by the first process, and only what was made from the same is taken"
+    with processes().main_process_first():
+        if not Path(path).exists(): save_state(dict(kept=make(), mark=mark), path)
+    said = load_state(path)
+    if said['mark']==mark: return said['kept']
+    raise ValueError(f"expected {path} to hold what this run made, got something else. "
+                     "Delete it, or choose another folder.")
 
 @torch.no_grad()
 def cache_latents(
