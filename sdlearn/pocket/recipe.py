@@ -66,9 +66,19 @@ def everyones(
     x:torch.Tensor, # (B,D), of this process
 )->torch.Tensor:    # (n*B,D), of all n that train together; gradients flow back to each
     "A contrast needs everybody's pictures, or two processes would learn from two easy tasks"
-    if processes().num_processes==1: return x
-    from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x))
+    return x if processes().num_processes==1 else _Gathered.apply(x)
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): # the rows of all processes, in their order
+        parts = [torch.empty_like(x) for _ in range(processes().num_processes)]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+    @staticmethod
+    def backward(ctx, grad): # what all of them want of mine
+        here, grad = processes(), grad.contiguous()
+        torch.distributed.all_reduce(grad)
+        return grad.chunk(here.num_processes)[here.process_index]
 
 def new_networks(
     seed:int=0, # Decides on all weights
