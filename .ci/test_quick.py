@@ -347,8 +347,8 @@ def test_blocks_of_pictures_are_whole_and_of_one_kind(tmp_path, monkeypatch):
     data = pictures.Pictures(tmp_path/'few', 5, block=2, side=16)
     got = data[[4, 0]]
     assert sorted(p.name for p in (tmp_path/'few').iterdir())==['00000.json', '00000.npy', '00002.json', '00002.npy']
-    want = np.asarray(draw(scene(4)).resize((16, 16), 1))              # 1: Lanczos
-    assert (got[0]==want).all() and len(data.read(2))==1
+    want = [np.asarray(draw(scene(i)).resize((16, 16), 1)) for i in (4, 0)]     # 1: Lanczos
+    assert (got==np.stack(want)).all() and len(data.read(2))==1
     assert data.captions()==[caption(scene(i)) for i in range(5)]
     assert not data.workers and len(pictures.Pictures(tmp_path/'few', 5, block=2, side=16))==5
     with pytest.raises(ValueError, match='count 5, not 6'): pictures.Pictures(tmp_path/'few', 6, block=2, side=16)[[0]]
@@ -381,7 +381,7 @@ def test_the_decoder_gets_latents_of_both_kinds():
     deaf = given(lambda x_in, s: 0*x_in, noise=0.)                     # "there is none": it all stays
     s = sigma_at(asked[0][1])
     assert torch.equal(deaf[:32], z[:32])
-    assert_close((deaf[32:]-truth).std(), s.square().mean().sqrt(), rtol=.15, atol=0)
+    assert_close((deaf[32:]-truth).square().flatten(1).mean(1).sqrt(), s, rtol=.7, atol=0)     # 16 numbers each
     lost = given(lambda x_in, s: 100+0*x_in, noise=0.)
     assert torch.equal(lost[:32], z[:32]) and (lost[32:]<truth).all()  # x0 is x - sigma*eps
 
