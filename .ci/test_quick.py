@@ -20,7 +20,7 @@ def cells(path, kind='code'):
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser schedulers sample load pipeline
     idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
     pocket.looks pocket.captions pocket.scenes pocket.card
-    pocket.recipe pocket.evaluate pocket.__main__ infotext cli __main__ bench'''.split()  # from the ground up
+    pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
     "Rooms of this package that a module imports, wherever it does"
@@ -316,14 +316,216 @@ def test_noise_loss():
 
 def test_the_recipes_losses():
     from sdlearn.idea.autoencoder import kl
-    from sdlearn.pocket.recipe import edges, picture_loss, snr_weight
+    from sdlearn.pocket.codec import edges, fading, picture_loss, worst
+    from sdlearn.pocket.recipe import snr_weight
     flat = torch.zeros(1, 3, 16, 16)
     chess = .1*((torch.arange(16)[:, None]+torch.arange(16))%2*2-1).expand(1, 3, 16, 16)
-    assert_close(picture_loss(flat+.1, flat).item(), .1+.04+0+.1)      # the edges are right, the colour is not
-    assert_close(picture_loss(chess, flat).item(), .1+.04+.2+0)        # the other way round
+    # the edges are right, the colour is not; then the other way round; the worst hundredth is as bad as all
+    assert_close(picture_loss(flat+.1, flat).item(), .1+4*.01+0+4*.01+.3*.1)
+    assert_close(picture_loss(chess, flat).item(), .1+4*.01+.2+0+.3*.1)
     assert edges(chess).shape==(1, 2*3*16*15)
+    speck = flat.clone()
+    speck[:, 0, 3, 4] = 3                                              # one of 256 pixels; two are a hundredth
+    assert worst(speck, flat)==.5 and worst(flat, speck)==.5
     assert kl(torch.zeros(1), torch.zeros(1))==0 and kl(torch.ones(1), torch.zeros(1))==.5
     assert_close(snr_weight(torch.tensor([.1, .447214, 10.])), torch.tensor([.05, 1., 1.]), rtol=1e-4, atol=1e-4)
+    assert [fading(i, 40) for i in (0, 5, 10, 39)]==[1, .5, 0, 0]
+
+class Plain(torch.nn.Module):
+    "Stands for an autoencoder that knows nothing: mean and log variance are given, the picture is the latents' mean"
+    def __init__(self, mean, logvar):
+        super().__init__()
+        both = torch.cat([torch.full((1, 4, 1, 1), mean), torch.full((1, 4, 1, 1), logvar)], 1)
+        self.encoder = lambda x: both.expand(len(x), 8, x.shape[2]//8, x.shape[3]//8)
+        self.quant_conv = self.post_quant_conv = torch.nn.Identity()
+        self.decoder = lambda z: z.mean(1, keepdim=True).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+
+def test_the_autoencoders_loss():
+    from sdlearn.pocket.codec import VAELoss, picture_loss
+    x, noise = torch.full((2, 3, 16, 16), .5), torch.ones(2, 4, 2, 2)
+    def loss(mean, logvar, kl_weight, fade):
+        net = VAELoss(Plain(mean, logvar), kl_weight)
+        torch.nn.init.constant_(net.color.weight, .25)                 # the helper says the latents' mean
+        torch.nn.init.zeros_(net.color.bias)
+        return net(x, noise, torch.tensor(fade)).item()
+    z = 1+.5                                                           # mean 1, std .5, noise 1
+    logvar = 2*math.log(.5)
+    rec = picture_loss(torch.full_like(x, z), x).item()
+    prior = (1+.25-1-logvar)/2
+    assert prior>0
+    assert_close(loss(1., logvar, 0., 0.), rec)
+    assert_close(loss(1., logvar, 2., 0.), rec+2*prior)                # added: spread and mean both cost
+    assert_close(loss(1., logvar, 0., .5), rec+4*(z-.5)**2)            # the helper's colour against the patch's
+
+def test_which_pictures_a_batch_takes_follows_from_the_step(monkeypatch):
+    from types import SimpleNamespace
+    import numpy as np
+    from sdlearn.pocket import pictures
+    from sdlearn.train import batch_rng
+    class Blocks(list): block = 10
+    data = Blocks(range(35))
+    assert [pictures.usable(i, 10, data) for i in range(10)]==[10, 10, 10, 20, 20, 20, 30, 30, 35, 35]
+    assert pictures.usable(0, 10, range(35))==35                       # an array is all there
+    assert [pictures.step_of(batch_rng(s, i, r)) for s, i, r in ((0, 0, 0), (0, 9, 3), (5, 9, 63))]==[0, 9, 9]
+    def of(rank, n): return lambda: SimpleNamespace(num_processes=n, process_index=rank)
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr(pictures, 'processes', of(rank, 3))
+        found.append(set(pictures.picks(batch_rng(0, 0, rank), 12, 200).tolist()))
+    assert found==[{0, 3, 6, 9}, {1, 4, 7, 10}, {2, 5, 8, 11}]
+    ends = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1).repeat(3, 3)
+    assert pictures.batch_of(ends, [1, 0])[:, 0, 0, 0].tolist()==[1, -1]
+
+def test_blocks_of_pictures_are_whole_and_of_one_kind(tmp_path, monkeypatch):
+    import numpy as np
+    from sdlearn.pocket import pictures
+    from sdlearn.pocket.scenes import caption, draw, scene
+    data = pictures.Pictures(tmp_path/'few', 5, block=2, side=16)
+    got = data[[4, 0]]
+    assert sorted(p.name for p in (tmp_path/'few').iterdir())==['00000.json', '00000.npy', '00002.json', '00002.npy']
+    want = [np.asarray(draw(scene(i)).resize((16, 16), 1)) for i in (4, 0)]     # 1: Lanczos
+    assert (got==np.stack(want)).all() and len(data.read(2))==1
+    assert data.captions()==[caption(scene(i)) for i in range(5)]
+    assert not data.workers and len(pictures.Pictures(tmp_path/'few', 5, block=2, side=16))==5
+    with pytest.raises(ValueError, match='count 5, not 6'): pictures.Pictures(tmp_path/'few', 6, block=2, side=16)[[0]]
+    monkeypatch.setattr(pictures, 'version', -1)                       # another atlas
+    with pytest.raises(ValueError, match='drawn'): pictures.Pictures(tmp_path/'few', 5, block=2, side=16)[[0]]
+
+def test_the_decoder_gets_latents_of_both_kinds():
+    from sdlearn.pocket.codec import latents_to_draw
+    from sdlearn.schedule import sigma_at
+    z, words = torch.randn(64, 4, 2, 2, generator=torch.Generator().manual_seed(5)), torch.arange(64.).view(64, 1, 1).expand(64, 3, 2)
+    asked = []
+    class Says(Stub):
+        def __init__(self, answer):
+            super().__init__()
+            self.answer = answer
+        def forward(self, x_in, t, words):
+            asked.append((x_in, t, words))
+            return self.answer(x_in, sigma_at(t).view(-1, 1, 1, 1))
+    def given(answer, **kw): return latents_to_draw(Says(answer), z, words, torch.Generator().manual_seed(0), **kw)
+    truth = z[32:]
+    knows = given(lambda x_in, s: (x_in*(s**2+1)**.5-truth)/s)         # the noise in it, if alpha is alpha
+    assert_close(knows[32:], truth, rtol=1e-3, atol=1e-3)
+    assert .03<(knows[:32]-z[:32]).std()<.05                           # the encoder's half: a little noise
+    x_in, t, said = asked[0]
+    assert torch.equal(said, words[32:])
+    for seed in range(40): latents_to_draw(Says(lambda x_in, s: x_in), z, words, torch.Generator().manual_seed(seed))
+    t = torch.cat([a[1] for a in asked])
+    assert 20<=t.min()<24 and 445<t.max()<450
+    asked.clear()
+    deaf = given(lambda x_in, s: 0*x_in, noise=0.)                     # "there is none": it all stays
+    s = sigma_at(asked[0][1])
+    assert torch.equal(deaf[:32], z[:32])
+    assert_close((deaf[32:]-truth).square().flatten(1).mean(1).sqrt(), s, rtol=.7, atol=0)     # 16 numbers each
+    lost = given(lambda x_in, s: 100+0*x_in, noise=0.)
+    assert torch.equal(lost[:32], z[:32]) and (lost[32:]<truth).all()  # x0 is x - sigma*eps
+
+class Bright(torch.nn.Module):
+    "Stands for the critic: bright is real"
+    def __init__(self, k=2.):
+        super().__init__()
+        self.k = torch.nn.Parameter(torch.tensor(k))
+    def forward(self, x): return self.k*x.mean((1, 2, 3))
+
+def test_decoder_and_critic_pull_the_right_ways():
+    from sdlearn.pocket.codec import adaptive_weight, hinge, picture_loss, two_losses
+    from sdlearn.train import batch_rng
+    one = torch.ones(2, 1)
+    assert hinge(one, -one)==hinge(3*one, -3*one)==0 and hinge(-one, one)==4 and hinge(one, 0*one)==1==hinge(0*one, -one)
+    last = torch.nn.Parameter(torch.tensor([3., 4.]))
+    assert_close(adaptive_weight(2*last.square().sum(), 5*last.sum(), last), torch.tensor(20/50**.5))
+    assert adaptive_weight(last.sum(), 0*last.sum(), last)==50
+    class Half(torch.nn.Module): # z times one number
+        def __init__(self):
+            super().__init__()
+            self.decoder = torch.nn.Module()
+            self.decoder.conv_out = torch.nn.Linear(1, 1, bias=False)
+            torch.nn.init.constant_(self.decoder.conv_out.weight, .5)
+        def forward(self, z): return z*self.decoder.conv_out.weight
+    x, half, critic = torch.ones(2, 3, 16, 16), Half(), Bright()
+    decoder_loss, critic_loss = two_losses(half, critic, lambda g: (x, x), 20)
+    rec, pull = picture_loss(.5*x, x), 1+4+4+.3                        # of the loss on the number
+    assert_close(decoder_loss(batch_rng(0, 6)), rec)                   # 35% of 20 steps is 7
+    loss = decoder_loss(batch_rng(0, 7))
+    assert_close(loss, rec+.3*pull/2*(-2*.5))
+    loss.backward()
+    assert_close(half.decoder.conv_out.weight.grad.item(), -pull-.3*pull)
+    assert critic.k.grad is None and critic.k.requires_grad
+    critic_loss(None).backward()                                       # real says 2 (enough), decoded says 1
+    assert critic.k.grad==.5 and critic_loss(None)==2                  # a smaller k would be better
+
+def test_the_critic_learns_in_turns():
+    from sdlearn.pocket.codec import in_turns
+    half, critic = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    order = []
+    def loss(name, net):
+        def ask(g):
+            order.append(name)
+            return net(torch.ones(1, 1)).square().sum()
+        return ask
+    pairs = [*in_turns(half, critic, (loss('d', half), loss('c', critic)), 8, {}, dict(lr=1e-3))]
+    assert ''.join(order)=='dd'+'dc'*6                                 # from a quarter on
+    assert [p[1] and p[1].i for p in pairs]==[None, None, 0, 1, 2, 3, 4, 5]
+
+def small_pair():
+    from sdlearn.idea.contrast import ImageEncoder
+    from sdlearn.pocket.recipe import Pair
+    from sdlearn.text import TextEncoder
+    torch.manual_seed(0)
+    return Pair(TextEncoder(tiny_text), ImageEncoder(8, (16,), 8))
+
+def test_words_and_pictures_are_paired():
+    import numpy as np
+    from sdlearn.idea.contrast import contrastive_loss
+    from sdlearn.pocket.recipe import only_images, pair_loss, silence, softener
+    from sdlearn.pocket.pictures import batch_of, picks
+    from sdlearn.train import batch_rng
+    pair, g = small_pair(), torch.Generator().manual_seed(1)
+    data = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    ids = torch.randint(300, 400, (8, 6), generator=g)
+    ids[:, 4:] = 49407                                                 # the end, and padding behind it
+    idx = picks(batch_rng(0, 0), 8, 5)
+    words = pair.text_projection(pair.text(ids)[:, 4])
+    words = words/words.norm(dim=-1, keepdim=True)
+    assert_close(pair.words(ids), words)                               # the first end counts
+    loss = pair_loss(data, ids, 5)(pair, batch_rng(0, 0))
+    assert_close(loss, contrastive_loss(pair.image(batch_of(data, idx)), words[idx], 20.))
+    silence(pair, ids)
+    table = pair.text.get_input_embeddings().weight
+    assert table.any(1).nonzero().flatten().tolist()==ids.unique().tolist()
+    only_images(pair)
+    free = {k.split('.')[0] for k, p in pair.named_parameters() if p.requires_grad}
+    assert free=={'image', 'text_projection', 'scale'}
+    class Back(torch.nn.Module): # a VAE whose decoder gives the latents back
+        config = type('config', (), dict(scaling_factor=1.))
+        post_quant_conv = torch.nn.Conv2d(4, 4, 1)
+        decoder = torch.nn.Conv2d(4, 3, 1, bias=False)
+    torch.nn.init.dirac_(Back.post_quant_conv.weight)
+    torch.nn.init.zeros_(Back.post_quant_conv.bias)
+    torch.nn.init.dirac_(Back.decoder.weight)
+    z, x = torch.linspace(-.9, .9, 8).view(8, 1, 1, 1).expand(8, 4, 8, 8), torch.full((4, 3, 8, 8), 7.)
+    y = softener(Back(), z, 0.)(x, torch.tensor([6, 1, 2, 3]), batch_rng(0, 0))
+    assert_close(y[:2], z[[6, 1], :3]) and torch.equal(y[2:], x[2:])   # the first half, and whose it is
+    noisy = softener(Back(), 0*z, .1)(x.expand(4, 3, 8, 8), torch.arange(4), batch_rng(0, 0))[:2]
+    assert .09<noisy.std()<.11
+
+def test_recipes_are_refused_in_words(tmp_path):
+    from dataclasses import replace
+    from sdlearn.pocket.recipe import check_place, check_recipe, claim, tiny
+    check_recipe(tiny)
+    for odd, said in ((dict(unet_steps=0), 'unet_steps of at least 1, got 0'), (dict(image_bs=1), 'image_bs of at least 2'),
+                      (dict(processes=-2), 'processes of 0 or more')):
+        with pytest.raises(ValueError, match=said): check_recipe(replace(tiny, **odd))
+    check_recipe(replace(tiny, vae_steps=0, clip_steps=0, unet_steps=0), 'a folder')
+    with pytest.raises(ValueError, match='only as they were'): check_recipe(replace(tiny, unet_steps=0), 'a folder')
+    nets = [torch.nn.Linear(1, 1)]
+    claim(tmp_path/'run', tiny, nets)
+    claim(tmp_path/'run', replace(tiny, processes=3, save_every=1., compiled=0), nets)
+    with pytest.raises(ValueError, match='clip_bs was 12 and is 13'): claim(tmp_path/'run', replace(tiny, clip_bs=13), nets)
+    with pytest.raises(ValueError, match='start was'): claim(tmp_path/'run', tiny, [torch.nn.Linear(1, 1)])
+    check_place(tmp_path/'new')
+    with pytest.raises(ValueError, match='something else'): check_place(tmp_path)
 
 def test_contrast():
     from sdlearn.idea.contrast import contrastive_loss, retrieval
@@ -413,11 +615,58 @@ if __name__=='__main__':
         assert torch.equal(a[k], b[k])
 """
 
+two_halves = """
+import sys, numpy as np, torch
+from sdlearn.idea.contrast import ImageEncoder, contrastive_loss
+from sdlearn.pocket.pictures import batch_of
+from sdlearn.pocket.recipe import Pair, pair_loss
+from sdlearn.text import TextEncoder
+from sdlearn.train import batch_rng, fit, lr_factor
+
+def pair():
+    torch.manual_seed(0)
+    return Pair(TextEncoder(dict(vocab_size=49408, hidden_size=12, intermediate_size=16, num_hidden_layers=1,
+                                 num_attention_heads=2, max_position_embeddings=77)), ImageEncoder(8, (16,), 8))
+
+data = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+ids = torch.randint(300, 400, (16, 5), generator=torch.Generator().manual_seed(0))
+ids[:, 4] = 49407
+
+def main():
+    from accelerate import PartialState
+    net = pair()
+    losses = fit(net, pair_loss(data, ids, 3), 4, sys.argv[1]+'/clip.pt', lr=1e-2, warmup=1, ema=0., progress=False)
+    here = PartialState()
+    torch.save((here.num_processes, losses, net.state_dict()), f'{sys.argv[1]}/{here.process_index}.pt')
+
+if __name__=='__main__':
+    from accelerate import debug_launcher
+    debug_launcher(main, num_processes=2)
+    (n, a_losses, a), (m, b_losses, b) = (torch.load(f'{sys.argv[1]}/{i}.pt') for i in (0, 1))
+    assert n==m==2
+    hand = pair()
+    opt = torch.optim.AdamW(hand.parameters(), lr=1e-2, betas=(.9, .99), weight_decay=.01)
+    for i in range(4): # both shares as one batch: even pictures, then odd ones
+        idx = torch.cat([torch.randint(8, (3,), generator=batch_rng(0, i, r))*2+r for r in (0, 1)])
+        loss = contrastive_loss(hand.image(batch_of(data, idx)), hand.words(ids[idx]), hand.scale.exp())
+        assert abs(loss.item()-a_losses[i])<1e-4 and abs(loss.item()-b_losses[i])<1e-4, (i, loss, a_losses, b_losses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(hand.parameters(), 1.)
+        opt.step()
+        opt.zero_grad()
+    for k, v in hand.state_dict().items():
+        assert torch.equal(a[k], b[k])
+        if 'k_proj.bias' in k: continue # attention does not depend on it: Adam enlarges rounding errors
+        torch.testing.assert_close(a[k], v, rtol=1e-3, atol=1e-4)
+"""
+
 @pytest.mark.skipif(sys.platform!='linux', reason='the launcher forks')
-def test_two_processes_train_one_network(tmp_path):
-    (tmp_path/'two.py').write_text(two_processes)
-    subprocess.run([sys.executable, 'two.py', str(tmp_path)], cwd=tmp_path, check=True, capture_output=True,
-                   timeout=120, env=os.environ|dict(PYTHONPATH=str(root)))
+@pytest.mark.parametrize('program', [two_processes, two_halves], ids=['a line', 'the stage of words and pictures'])
+def test_two_processes_train_one_network(tmp_path, program):
+    (tmp_path/'two.py').write_text(program)
+    done = subprocess.run([sys.executable, 'two.py', str(tmp_path)], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, env=os.environ|dict(PYTHONPATH=str(root)))
+    assert done.returncode==0, done.stderr[-3000:]
 
 # ---------------------------------------------------------------- what only we define: no library would notice
 
