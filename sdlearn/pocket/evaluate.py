@@ -93,33 +93,36 @@ def by_clip(
 def moved(
     image,            # PIL picture
     mirror:bool=True, # Mirrored, too? Not where left and right mean something
-)->torch.Tensor:      # (3 or 6, 3*64*64), the second is the picture itself
+    side:int=64,      # It is shrunk to this
+)->torch.Tensor:      # (3 or 6, 3*side*side), the second is the picture itself
     "A picture a little larger, as it is and a little smaller, as numbers of `pixel_features`"
-    x = pixel_features([image]).view(1, 3, 64, 64)
+    x = pixel_features([image], 64).view(1, 3, 64, 64)
     ways = [[[side*zoom, 0, 0], [0, zoom, 0]] for side in (1., -1.)[:1+mirror]
             for zoom in (.88, 1., 1.14)]
     at = F.affine_grid(torch.tensor(ways), (len(ways), 3, 64, 64), align_corners=False)
     x = x.expand(len(ways), -1, -1, -1)
-    return F.grid_sample(x, at, padding_mode='border', align_corners=False).flatten(1)
+    x = F.grid_sample(x, at, padding_mode='border', align_corners=False)
+    return F.interpolate(x, (side, side), mode='area').flatten(1)
 
 @lru_cache(800)
-def _looks(scene): # (V,3*64*64): every design in the standard view; four views of several things
+def _looks(scene, side): # every design in the standard view; four views of several things
     designs = len(find(scene.subject).designs)
     if scene.count>1 or scene.relation:
         views = [replace(scene, seed=i, design=i%designs) for i in range(4)]
     else: views = [replace(scene, design=i) for i in range(designs)]
-    return pixel_features([draw(v) for v in views])
+    return pixel_features([draw(v) for v in views], side)
 
 def by_pixels(
     images:list,  # PIL pictures
     options:list, # For each of them the scenes to choose from
+    side:int=64,  # Compared at this size
 )->list:          # For each picture the scene that pixels see
     "The option that has a drawing which is nearest"
     found = []
     for im, row in zip(images, options):
-        looks = [_looks(s) for s in row]
+        looks = [_looks(s, side) for s in row]
         owner = [s for s, x in zip(row, looks) for _ in x]
-        distance = torch.cdist(moved(im, not row[0].relation), torch.cat(looks)).amin(0)
+        distance = torch.cdist(moved(im, not row[0].relation, side), torch.cat(looks)).amin(0)
         found.append(owner[distance.argmin()])
     return found
 
@@ -138,7 +141,8 @@ def named_right(
         found[question, 'clip'] = by_clip(images, options, clip)
         # in 64 pixels one of two is too small to be told from 120 others
         if 'subject' not in question or kind=='subject':
-            found[question, 'pixels'] = by_pixels(images, options)
+            side = 8 if kind=='subject' else 64     # blots of colour name a subject best
+            found[question, 'pixels'] = by_pixels(images, options, side)
     return {k: [a==b for a, b in zip(seen, scenes)] for k, seen in found.items()}
 
 def true_pictures(
@@ -313,7 +317,7 @@ def evaluate_vae(
 
 # %% ../../nbs/65_evaluate.ipynb #661eb76d
 # pictures of each kind, subjects of each experiment; quick: five minutes on two cores
-many = dict(subject=64, seen=16, held=48, relation=200, varied=8, guided=6, stepped=6, vae=192)
+many = dict(subject=64, seen=16, held=48, relation=200, varied=8, guided=4, stepped=4, vae=192)
 few = dict(subject=24, seen=8, held=16, relation=24, varied=4, guided=2, stepped=2, vae=48)
 guidance_scales = 0, 1, 3, 4, 5, 7.5, 14
 
