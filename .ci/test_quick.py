@@ -1525,3 +1525,96 @@ def test_half_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match='got 48894'): Tokenizer.from_folder(folder)
     (folder/'vocab.json').unlink()
     with pytest.raises(ValueError, match='missing: vocab.json'): Tokenizer.from_folder(folder)
+
+# ---------------------------------------------------------------- the rulers
+
+def test_scenes_to_ask_for_are_as_held_out_as_they_say():
+    from sdlearn.pocket.evaluate import examples, rivals
+    from sdlearn.pocket.scenes import is_held_out
+    for kind in ('style', 'background', 'color', 'count', 'relation'):
+        for held in (False, True):
+            asked = examples(kind, 20, held)
+            assert len(set(asked))==20 and {is_held_out(s) for s in asked}=={held}
+    assert examples('color', 5)==examples('color', 5)!=examples('color', 5, seed=1)
+    with pytest.raises(ValueError, match='at most 0 held-out'): examples('subject', 1, held=True)
+    sizes = dict(subject=763, style=9, background=22, color=10, count=4)
+    for kind, size in sizes.items():
+        scene = examples(kind, 1)[0]
+        options = rivals(scene, kind)[kind]
+        assert len(set(options))==size and scene in options
+
+def test_relations_are_asked_three_ways():
+    from sdlearn.pocket.evaluate import rivals
+    from sdlearn.pocket.scenes import Scene
+    scene = Scene('otter', relation='wearing', other='top hat')     # a hat is not of the core
+    first, second, order = rivals(scene, 'relation').values()
+    for options, changed, kept in ((first, 'subject', 'other'), (second, 'other', 'subject')):
+        assert len({getattr(s, changed) for s in options})==120 and scene in options
+        assert {getattr(s, kept) for s in options}=={getattr(scene, kept)}
+    assert [(s.subject, s.other) for s in order]==[('otter', 'top hat'), ('top hat', 'otter')]
+
+def test_a_pixel_judge_forgives_size_and_mirror_where_it_may():
+    import numpy as np
+    from PIL import Image
+    from sdlearn.judge import pixel_features
+    from sdlearn.pocket.evaluate import moved
+    a = np.full((128, 128, 3), 255, np.uint8)
+    a[40:90, 20:60] = (200, 30, 30)
+    im = Image.fromarray(a)
+    assert_close(moved(im)[1:2], pixel_features([im]), rtol=0, atol=1e-4)
+    assert_close(moved(im)[4:5], pixel_features([im.transpose(0)]), rtol=0, atol=1e-4)
+    assert moved(im, mirror=False).shape==(3, 3*64*64) and moved(im, side=8).shape==(6, 3*8*8)
+    red = [(x.view(3, 64, 64)[1]<0).sum().item() for x in moved(im)[:3]]
+    assert red[0]>red[1]>red[2]         # larger, as it is, smaller
+
+def test_specks_are_counted_in_the_bottom_left_corner():
+    from sdlearn.pocket.evaluate import specks
+    x = torch.zeros(4, 3, 128, 128)
+    back = x.clone()
+    for i, (row, col) in enumerate(((105, 22), (103, 22), (105, 25), (105, 22))): back[i, 1, row, col] = -.4
+    back[3] *= .7                       # .28 is none
+    assert specks(x, back).tolist()==[True, False, False, False]
+    assert specks(x, back, limit=.25).tolist()==[True, False, False, True]
+
+def test_variety_is_the_mean_distance_of_pairs():
+    from PIL import Image
+    from sdlearn.pocket.evaluate import variety
+    black, grey, white = (Image.new('RGB', (64, 64), (v,)*3) for v in (0, 51, 255))
+    assert variety([[black, white]])==2 and variety([[black, black]])==0
+    assert variety([[black, grey, white]])==round((.4+1.6+2)/3, 4)
+    assert variety([[black, white], [grey, grey]])==1
+
+def test_both_judges_name_what_was_drawn_and_refuse_what_was_shuffled():
+    from dataclasses import replace
+    from sdlearn.judge import load_clip
+    from sdlearn.pocket.evaluate import named_right, true_pictures
+    from sdlearn.pocket.scenes import Scene
+    scenes = [Scene('fox', background=b) for b in ('snow', 'forest', 'red', 'yellow')]
+    images = true_pictures(scenes)
+    assert all(map(all, named_right(images, scenes, 'background', load_clip()).values()))
+    wrong = named_right(images[1:]+images[:1], scenes, 'background', load_clip())
+    assert not any(map(any, wrong.values()))
+    three = [replace(Scene('fox'), count=3)]
+    assert named_right(true_pictures(three), three, 'count', load_clip())['count', 'pixels']==[True]
+
+def test_standard_error_of_a_share():
+    from sdlearn.pocket.card import standard_error
+    assert math.isclose(standard_error(.5, 100), .05) and math.isclose(standard_error(.9, 36), .05)
+
+def test_the_card_says_the_numbers_of_its_file(tmp_path):
+    from sdlearn.pocket.card import facts, model_card, update_facts, write_card
+    from sdlearn.load import pocket_path
+    assert model_card()==(pocket_path()/'README.md').read_text(encoding='utf8')
+    row = dict(n=100, clip=.9, true_clip=.95)
+    metrics = dict(settings=dict(steps=7), shares={'style, held out': row}, steps={},
+                   guidance={'4': dict(n=3, subject=.75, score=.5, variety=.9)},
+                   variety=dict(n=6, drawn=.2, true=.4, ratio=.5), vae=dict(n=8, psnr=26.5, specks=3, grounds=9))
+    update_facts(tmp_path, subjects=12, failures=['torn'], training=['one run'], metrics=metrics)
+    write_card(tmp_path)
+    card = (tmp_path/'README.md').read_text(encoding='utf8')
+    assert card.startswith('---\nlicense: apache-2.0\n') and card.split('---\n')[1].endswith('- cpu\n')
+    assert '| style, held out | 100 | 0.900 ± 0.030 | 0.950 ± 0.022 |  |  |' in card
+    for words in ('26.5 dB on 8', '3 of 9', '| 4 | 3 | 0.75 | 0.5 | 0.9 |', '- torn', '- one run', 'steps 7'):
+        assert ' '.join(words.split()) in ' '.join(card.split()), words
+    update_facts(tmp_path, subjects=13)
+    assert facts(tmp_path)['subjects']==13 and facts(tmp_path)['metrics']==metrics

@@ -1,7 +1,7 @@
 "The small Stable Diffusion in this package: its data, its recipe, its numbers"
 from importlib import import_module as _load
 
-_home = dict(subjects='atlas', unseen='atlas', held_out='scenes', render='scenes')
+_home = dict(subjects='atlas', unseen='atlas', held_out='scenes', render='scenes', Scene='scenes')
 __all__ = [*_home]
 
 def __dir__(): return sorted({*globals(), *_home})
