@@ -315,7 +315,8 @@ def claim(
     said['start'] = fingerprint([p for net in nets for p in net.parameters()])
     file = run/'run.json'
     known = read_json(file) or said
-    if odd := [f'{k} was {known.get(k)!r} and is {v!r}' for k, v in said.items() if known.get(k)!=v]:
+    odd = [f'{k} was {known.get(k)!r} and is {v!r}' for k, v in said.items() if known.get(k)!=v]
+    if odd:
         raise ValueError(f"expected {run} to hold a run of this recipe, got another: "
                          f"{', '.join(odd)}. Delete it, or choose another folder.")
     run.mkdir(parents=True, exist_ok=True)
