@@ -262,7 +262,7 @@ def save_checkpoint(
 # %% ../../nbs/64_recipe.ipynb #1027a3c2
 @dataclass(frozen=True)
 class Recipe:
-    "How much of everything; these numbers made pocket, in a quarter of an hour on one H200"
+    "How much of everything; pocket's own, a quarter of an hour on one H200"
     pictures:int=400_000    # Scenes 0, 1, 2, ... to train on
     block:int=2000          # Pictures in a file
     processes:int=None      # That draw them; None: one per core, 0: the one that trains
@@ -315,7 +315,8 @@ def claim(
     said['start'] = fingerprint([p for net in nets for p in net.parameters()])
     file = run/'run.json'
     known = read_json(file) or said
-    if odd := [f'{k} was {known.get(k)!r} and is {v!r}' for k, v in said.items() if known.get(k)!=v]:
+    odd = [f'{k} was {known.get(k)!r} and is {v!r}' for k, v in said.items() if known.get(k)!=v]
+    if odd:
         raise ValueError(f"expected {run} to hold a run of this recipe, got another: "
                          f"{', '.join(odd)}. Delete it, or choose another folder.")
     run.mkdir(parents=True, exist_ok=True)
