@@ -305,6 +305,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'sdlearn.pocket.captions.plural': ('captions.html#plural', 'sdlearn/pocket/captions.py')},
             'sdlearn.pocket.card': { 'sdlearn.pocket.card._columns': ('card.html#_columns', 'sdlearn/pocket/card.py'),
                                      'sdlearn.pocket.card._folder': ('card.html#_folder', 'sdlearn/pocket/card.py'),
+                                     'sdlearn.pocket.card._line': ('card.html#_line', 'sdlearn/pocket/card.py'),
                                      'sdlearn.pocket.card._listed': ('card.html#_listed', 'sdlearn/pocket/card.py'),
                                      'sdlearn.pocket.card._rest': ('card.html#_rest', 'sdlearn/pocket/card.py'),
                                      'sdlearn.pocket.card._share': ('card.html#_share', 'sdlearn/pocket/card.py'),

@@ -86,6 +86,8 @@ training. ± is the standard error of a share of so many pictures.
 {failures}
 """
 
+def _line(cells): return f"| {' | '.join(map(str, cells))} |"
+
 def _share(row, judge): # '.917 ± .040'
     if judge not in row: return ''
     return f"{row[judge]:.3f} ± {standard_error(row[judge], row['n']):.3f}"
@@ -93,12 +95,12 @@ def _share(row, judge): # '.917 ± .040'
 def _share_rows(rows):
     def cells(row):
         return [row['n'], *(_share(row, j) for j in ('clip', 'true_clip', 'pixels', 'true_pixels'))]
-    return '\n'.join(f"| {' | '.join(map(str, [name, *cells(row)]))} |" for name, row in rows.items())
+    return '\n'.join(_line([name, *cells(row)]) for name, row in rows.items())
 
 def _columns(first, rows, **names): # a table from {'4': dict(rms=..., ...), ...}
     lines = [[first, *names.values()], ['---']*(len(names)+1),
              *([key, *(row[k] for k in names)] for key, row in rows.items())]
-    return '\n'.join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return '\n'.join(map(_line, lines))
 
 def _rest(m): # of what was measured
     v, vae = m['variety'], m['vae']
@@ -106,9 +108,9 @@ def _rest(m): # of what was measured
     return '\n\n'.join([
         f"Variety between seeds is {v['ratio']} of that between the renderer's designs and views "
         f"({v['n']} pictures; root mean square {v['drawn']} and {v['true']}, black to white is 2).",
-        f"Autoencoder: PSNR {vae['psnr']} dB on {vae['n']} new scenes; a speck (a pixel off by more "
-        f"than .3, black to white is 2) in the empty bottom left corner of {vae['specks']} of "
-        f"{vae['grounds']} coloured grounds.",
+        f"Autoencoder: PSNR {vae['psnr']} dB on {vae['n']} new scenes; a speck (a pixel off by "
+        f"more than .3, black to white is 2) in the empty bottom left corner of {vae['specks']} "
+        f"of {vae['grounds']} coloured grounds.",
         _columns('guidance', guided, n='pictures', subject='subject, top-1 by CLIP',
                  score='cosine to the words', variety='variety'),
         _columns('steps', steps, n='pictures', rms='distance to 50 steps',

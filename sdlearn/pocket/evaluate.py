@@ -439,6 +439,7 @@ def _train_options(add): # one for every field of `Recipe`
     add('--run', default='runs/pocket', help='folder for data and states; a run is resumed from it')
     add('--out', default='runs/pocket/checkpoint', help='folder that gets the checkpoint')
     add('--tiny', action='store_true', help='all stages in two minutes, to see that they run')
+    add('--cpu', action='store_true', help='sizes for two cores; otherwise those for one GPU')
     add('--warm', metavar='FOLDER', help='a finished checkpoint to train on from')
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=_field_type(f), default=argparse.SUPPRESS,
@@ -464,12 +465,12 @@ def _parser():
 
 def asked_recipe(
     a,       # Parsed arguments of `train`
-    recipe,  # The module, with `Recipe` and `tiny`
+    recipe,  # The module, with `Recipe`, `tiny` and `cpu`
 ):           # A `Recipe`
-    "The recipe, or its tiny one, with what was said otherwise"
-    base = recipe.tiny if a.tiny else recipe.Recipe()
+    "The recipe, or a smaller one, with what was said otherwise"
+    base = recipe.tiny if a.tiny else recipe.cpu if a.cpu else recipe.Recipe()
     given = {f.name: getattr(a, f.name) for f in fields(recipe.Recipe) if hasattr(a, f.name)}
-    return replace(base() if callable(base) else base, **given)
+    return replace(base, **given)
 
 def _train(a):
     from sdlearn.pocket import recipe
