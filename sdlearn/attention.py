@@ -6,25 +6,34 @@
 __all__ = ['attention_patterns', 'KeepMaps', 'attention_maps', 'token_places', 'word_map']
 
 # %% ../nbs/32_attention.ipynb #ed615efc
-import math
+import copy, math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from .core import whole
 from .tokenizer import read_weights, tokenize
 
 # %% ../nbs/32_attention.ipynb #869ca9c8
+def _double(net):
+    "The same weights in other modules: what is hung on them, nobody else's call meets"
+    other = copy.copy(net)
+    other._modules = {k: m and _double(m) for k, m in net._modules.items()}
+    other._forward_hooks = net._forward_hooks.copy()
+    other._forward_pre_hooks = net._forward_pre_hooks.copy()
+    return other
+
 @torch.no_grad()
 def attention_patterns(
     text_encoder, # Ours or transformers'
     ids:Tensor,   # (B,L) token ids
 )->Tensor:        # (layers,B,heads,L,L); row i: how token i reads tokens 0..i, sums to 1
     "How much each token reads from each earlier one, from the layers' own queries and keys"
+    text_encoder = _double(text_encoder)
     layers = [m for name, m in text_encoder.named_modules() if name.endswith('self_attn')]
     kept = []
-    hooks = [f.register_forward_hook(lambda module, args, out: kept.append(out))
-             for layer in layers for f in (layer.q_proj, layer.k_proj)]
-    try: text_encoder(ids.to(layers[0].q_proj.weight.device))
-    finally: [h.remove() for h in hooks]
+    for f in (f for layer in layers for f in (layer.q_proj, layer.k_proj)):
+        f.register_forward_hook(lambda module, args, out: kept.append(out))
+    text_encoder(ids.to(layers[0].q_proj.weight.device))
     heads = getattr(layers[0], 'heads', None) or layers[0].num_heads
     q, k = (torch.stack(x).unflatten(-1, (heads, -1)).transpose(2, 3)
             for x in (kept[::2], kept[1::2]))                   # (layers,B,heads,L,d)
@@ -49,19 +58,14 @@ class KeepMaps:
         self.maps[self.name] = weights.unflatten(0, (-1, attn.heads))
         return attn.to_out[0](attn.batch_to_head_dim(weights@v))
 
-def _maps_of_theirs(unet, maps, ask):
-    before = unet.attn_processors
+def _maps_of_theirs(unet, maps):
     unet.set_attn_processor({k: KeepMaps(maps, k.removesuffix('.processor')) if 'attn2' in k else p
-                             for k, p in before.items()})
-    try: ask()
-    finally: unet.set_attn_processor(before)
+                             for k, p in unet.attn_processors.items()})
 
-def _maps_of_ours(unet, maps, ask):
+def _maps_of_ours(unet, maps):
     def keep(name): return lambda layer, args: maps.update({name: layer.weights(*args[:2])})
-    hooks = [layer.register_forward_pre_hook(keep(name))
-             for name, layer in unet.named_modules() if name.endswith('attn2')]
-    try: ask()
-    finally: [h.remove() for h in hooks]
+    for name, layer in unet.named_modules():
+        if name.endswith('attn2'): layer.register_forward_pre_hook(keep(name))
 
 @torch.no_grad()
 def attention_maps(
@@ -72,10 +76,11 @@ def attention_maps(
 )->dict:                    # Layer name -> (B,heads,places,77), each row summing to 1
     """How much each place of the picture looks at each word,
     in every cross-attention (Hertz et al. 2022)"""
-    unet = getattr(unet, 'unet', unet)
+    unet = _double(getattr(unet, 'unet', unet))
     maps = {}
     catch = _maps_of_theirs if hasattr(unet, 'attn_processors') else _maps_of_ours
-    catch(unet, maps, lambda: unet(x_in, t, text_embeddings))
+    catch(unet, maps)
+    unet(x_in, t, text_embeddings)
     return maps
 
 # %% ../nbs/32_attention.ipynb #88cfc078
@@ -100,7 +105,7 @@ def word_map(
     row:int=0,        # Which picture of the batch
 )->Tensor:            # (height,width) float32 in 0..1
     "One word's attention as a picture: heads, layers and tokens averaged, stretched to 0..1"
-    if not places or not maps:
+    if not places or not maps or not {*map(whole, places)}<={*range(77)}:
         raise ValueError(f"expected places of a word and maps, got {places} and {len(maps)} maps; "
                          "token_places and attention_maps give them")
     out = torch.zeros(size)

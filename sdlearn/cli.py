@@ -9,7 +9,7 @@ __all__ = ['parser', 'parse', 'settings', 'writable', 'make_pictures', 'main', '
 import argparse, os, random, sys, tempfile, warnings
 from pathlib import Path
 from . import __version__
-from .infotext import read_settings, save_picture
+from .infotext import check_name, read_settings, save_picture
 
 _all_ = ['save_picture']
 
@@ -56,9 +56,18 @@ def _lies(name, path): # where a file lies whose name a picture remembers: besid
     raise ValueError(f"expected {name!r} beside {Path(path).name}, which was drawn from it. "
                      "Give it with --image or --mask.")
 
+def _check_said(said, path): # a picture from elsewhere may say anything
+    from sdlearn.core import real, whole
+    counts = 'steps', 'seed', 'height', 'width', 'n'
+    for k, v in said.items():
+        numbers = whole if k in counts else real if k in ('guidance', 'strength') else None
+        if (numbers(v) is None) if numbers else not (isinstance(v, str) and (v or k=='negative')):
+            raise ValueError(f"expected {Path(path).name} to say what --{k} was, got {v!r}")
+
 def _as_before(path, given): # options out of a picture, without those that are given anew
     said = {_names[k]: v for k, v in read_settings(path).items() if k in _names}
     said = {k: v for k, v in said.items() if k not in given}
+    _check_said(said, path)
     for k in {'image', 'mask'}&said.keys(): said[k] = _lies(said[k], path)
     if 'n' in said: said['grid'] = True
     if said.get('model')=='pocket': said.pop('model')
@@ -72,6 +81,8 @@ def parse(
 )->argparse.Namespace:
     "What is asked: what is given, else what --again finds in a picture, else the usual"
     given = vars(parser().parse_args(argv))
+    if empty := [k for k, v in given.items() if v=='' and k not in ('prompt', 'negative')]:
+        raise ValueError(f"expected something behind --{empty[0]}, got nothing")
     before = _as_before(given['again'], given) if 'again' in given else {}
     return argparse.Namespace(**_usual|before|given)
 
@@ -92,10 +103,6 @@ def settings(
                 height=args.height, width=args.width, n=args.n if args.grid else None, **files)
     return {k: v for k, v in said.items() if v is not None}
 
-def _is_picture(path): # of a kind that can be written: some can only be read
-    from PIL import Image
-    return Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
-
 def _try_to_write(path): # and leave things as they were
     tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent).close()
     if path.exists() and not os.access(path, os.W_OK):
@@ -105,11 +112,8 @@ def writable(
     path,      # A file to be written
 )->Path:       # The same
     "Find out before the work whether a picture can be written there"
-    path = Path(path)
-    if not _is_picture(path):
-        raise ValueError("expected an output file that ends in .png, .jpg, .webp or .gif, "
-                         f"got {str(path)!r}")
-    if path.is_dir() or not path.parent.is_dir():
+    path = check_name(path)
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
         raise ValueError(f"expected a file in a folder that exists, got {str(path)!r}. "
                          "Make the folder first.")
     try: _try_to_write(path)
@@ -119,11 +123,11 @@ def writable(
     return path
 
 # %% ../nbs/92_cli.ipynb #c2916486
-def _check_film(out, gif):
+def _check_film(files, gif):
     if gif.suffix.lower() not in ('.gif', '.webp', '.mp4'):
         raise ValueError(f"expected --gif to end in .gif, .webp or .mp4, got {str(gif)!r}")
-    if os.path.realpath(out)==os.path.realpath(gif):
-        raise ValueError(f"expected two files, got {str(out)!r} for the picture and for the film")
+    if os.path.realpath(gif) in map(os.path.realpath, files):
+        raise ValueError(f"expected another file for the film, got {str(gif)!r}, a picture's")
 
 def _check_room(n, height, width): # a decoder keeps some 64 channels at full size, thrice
     needed, pages = n*height*width*64*4*3, getattr(os, 'sysconf', lambda name: None)
@@ -167,7 +171,7 @@ def _check(args): # before any work, and say where to write
     if len(files)>1 and (there := [f.name for f in files if f.exists()]):
         raise ValueError("expected numbered files that do not exist yet, found "
                          f"{', '.join(there[:9])}. Choose another name with -o.")
-    if args.gif: _check_film(out, writable(args.gif))
+    if args.gif: _check_film(files, writable(args.gif))
     return files
 
 def _numbered(file, n):

@@ -9,11 +9,11 @@ __all__ = ['check_kind', 'velocity', 'as_noise', 'noise_predictor', 'noise_loss'
 # %% ../nbs/35b_denoiser.ipynb #61134c8f
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Callable
 import torch
 from torch import Tensor
-from .guidance import cfg, check_scale
+from .core import check_tensor
+from .guidance import cfg, check_interval, check_scale
 from .schedule import SD_V1, add_noise, scale_input, sigma_like
 from .unet import predict_noise, predict_x0, prepare
 
@@ -48,10 +48,7 @@ def as_noise(
 
 # %% ../nbs/35b_denoiser.ipynb #73346f5b
 def _interval(given): # (low, high)
-    if given is None: return 0., math.inf
-    pair = tuple(given) if isinstance(given, (list, tuple)) else ()
-    if len(pair)==2 and all(isinstance(v, Real) for v in pair) and pair[0]<=pair[1]: return pair
-    raise ValueError(f"expected a guidance_interval (lowest sigma, highest sigma), got {given!r}")
+    return (0., math.inf) if given is None else check_interval(given, 'guidance_interval')
 
 def noise_predictor(
     sd,                         # `SD` bundle, or a network alone (then with SD v1's schedule)
@@ -65,11 +62,13 @@ def noise_predictor(
     kind = getattr(sd, 'schedule', SD_V1).prediction_type
     scale = getattr(sd, 'guidance_scale', 7.5) if guidance_scale is None else guidance_scale
     low, high = _interval(guidance_interval)
+    check_tensor(text_embeddings, 'text embeddings', '(2B,77,D)')
     if len(text_embeddings)%2:
         raise ValueError("expected text embeddings in two halves, the unconditional one first, "
                          f"got {tuple(text_embeddings.shape)}")
     uncond, text = text_embeddings.chunk(2)
     scale = check_scale(scale)
+    if isinstance(scale, Tensor): raise ValueError(f"expected one guidance_scale, got {scale}")
     def ask(x, sigma, t, words):
         x_in = scale_input(x, sigma)
         said = predict_noise(unet, x_in.to(text.dtype), t, words).to(x.dtype)
@@ -95,10 +94,10 @@ def noise_loss(
     target = noise if kind=='epsilon' else velocity(x0, noise, sigma)
     x_in = scale_input(add_noise(x0, noise, sigma), sigma)
     said = predict(x_in, sigma, cond)
-    if said.shape!=target.shape:
-        raise ValueError(f"expected a prediction of shape {tuple(target.shape)}, "
-                         f"got {tuple(said.shape)}")
+    check_tensor(said, 'a prediction', str(tuple(target.shape)))
     error = (said-target).square().flatten(1).mean(1)
+    if weight is not None and weight.numel()!=len(error):
+        raise ValueError(f"expected one weight per picture ({len(error)}), got {weight.numel()}")
     return (error if weight is None else weight.flatten()*error).mean()
 
 # %% ../nbs/35b_denoiser.ipynb #9cb06d6d

@@ -7,10 +7,11 @@ __all__ = ['pieces', 'pocket_path', 'read_json', 'weights_files', 'weights_file'
            'wanted_files', 'split_file', 'predicts']
 
 # %% ../nbs/38_folders.ipynb #4b7a3419
-import json, re
+import json, os, re
 from importlib.resources import files
 from pathlib import Path
 from .configs import check_model, sd_v1
+from .core import as_path
 
 # %% ../nbs/38_folders.ipynb #dc5f4101
 def pocket_path()->Path: # The folder of the checkpoint that comes with the package
@@ -26,8 +27,11 @@ def read_json(
 )->dict:        # Nothing in it when it is not there
     "Settings out of a file, or a sentence"
     if not file.exists(): return {}
-    try: said = json.loads(file.read_text(encoding='utf8'))
-    except ValueError as e: raise ValueError(f"expected JSON in {file}, but {e}") from None
+    def no_number(word): raise ValueError(f"{word} is no number")
+    try: said = json.loads(file.read_text(encoding='utf-8-sig'), parse_constant=no_number)
+    except UnicodeDecodeError: raise ValueError(f"expected JSON in {file}, in UTF-8") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"expected JSON in {file}, but {getattr(e, 'strerror', 0) or e}") from None
     if isinstance(said, dict): return said
     raise ValueError(f"expected settings in {file}, got {said!r}")
 
@@ -36,7 +40,7 @@ def _check_weights(file): # readable to the end, and numbers that a network can 
     try:
         with safe_open(file, 'pt') as f:
             kinds = {f.get_slice(k).get_dtype() for k in f.keys() if 'position_ids' not in k}
-    except SafetensorError as e:
+    except (OSError, SafetensorError) as e:
         raise ValueError(f"expected a complete file, but {file} is damaged or truncated ({e}). "
                          "Download it again.") from None
     if odd := kinds-{'F16', 'BF16', 'F32', 'F64'}:
@@ -109,13 +113,13 @@ def find_checkpoint(
 )->Path:               # A checked local folder, or a file
     "From a name to what lies on the disk, downloading it if need be"
     if name is None: return check_folder(pocket_path(), variant)
-    path = Path(name).expanduser()
-    if path.is_dir(): return check_folder(path, variant)
-    if path.is_file(): return _one_file(path)
+    path = as_path(name, "a folder, a .safetensors file or a hub name")
+    if os.path.isdir(path): return check_folder(path, variant)
+    if os.path.isfile(path): return _one_file(path)
     if path.suffix or str(name).startswith(('.', '/', '~')) or str(name).count('/')!=1:
         raise ValueError("expected a folder, a .safetensors file or a hub name such as "
-                         f"'CompVis/stable-diffusion-v1-4', got {str(name)!r}, which is none of "
-                         "them. Check the path.")
+                         f"'CompVis/stable-diffusion-v1-4', got {str(name)[:99]!r}, which is none "
+                         "of them. Check the path.")
     return _download(str(name), variant)
 
 def _one_file(path):
@@ -136,14 +140,12 @@ def _download(name, variant):
     from huggingface_hub import HfApi, snapshot_download
     try: wanted = wanted_files(HfApi().list_repo_files(name), variant)
     except Exception: wanted = None     # not connected: what was fetched before
-    try:
-        folder = snapshot_download(name, allow_patterns=wanted, local_files_only=wanted is None)
-        return check_folder(folder, variant)
-    except ValueError: raise
+    try: folder = snapshot_download(name, allow_patterns=wanted, local_files_only=wanted is None)
     except Exception as e:
-        raise OSError(f"expected to find {name!r} in the local cache or on the hub, but it could "
+        raise OSError(f"expected to find {name[:99]!r} in the local cache or on the hub, but it could "
                       f"not be fetched ({type(e).__name__}). Connect to the internet once, check "
                       "the spelling, or leave the name out: pocket needs no download.") from None
+    return check_folder(folder, variant)
 
 # %% ../nbs/38_folders.ipynb #f03a33f2
 _first_conv = 'model.diffusion_model.input_blocks.0.0.weight'

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import images_to_tensor
+from .core import as_path, check_number, images_to_tensor, whole
 from .idea.contrast import ImageEncoder
 from .load import load_own, pocket_path
 from .text import TextEncoder, encode_tokens
@@ -70,7 +70,9 @@ def load_clip(
     path=None, # A checkpoint folder that has `clip/`; pocket when missing
 )->Clip:       # In evaluation mode, gradients off
     "Pocket's own CLIP: the same object until one of its files changes"
-    folder = Path(path or pocket_path())
+    folder = pocket_path() if path is None else as_path(path, 'a checkpoint folder')
+    if not (folder/'clip'/'model.safetensors').is_file():
+        raise ValueError(f"expected a checkpoint folder with clip/, which pocket has, got {folder}")
     return _read_clip(str(folder), *_stamps(folder))
 
 @torch.no_grad()
@@ -89,6 +91,7 @@ def pixel_features(
     side:int=64,    # They are shrunk to this
 )->torch.Tensor:    # (B, 3*side*side)
     "A picture as plain numbers, for distances that no network had a hand in"
+    side = check_number(side, 'side', 1, read=whole)
     return F.interpolate(images_to_tensor(images), (side, side), mode='area').flatten(1)
 
 def nearest(
@@ -103,4 +106,6 @@ def share(
     right,   # Booleans
 )->float:    # 0..1
     "How many of them are true"
-    return round(torch.as_tensor(right).float().mean().item(), 4)
+    said = torch.as_tensor(right).float().mean().item()
+    if 0<=said<=1: return round(said, 4)
+    raise ValueError(f"expected at least one answer, each true or false, got {right!r}")

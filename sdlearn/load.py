@@ -7,13 +7,14 @@ __all__ = ['scheduler_config', 'model_index', 'load_own', 'SD', 'usable_device',
            'find_checkpoint', 'pieces', 'pocket_path', 'weights_file']
 
 # %% ../nbs/38_load.ipynb #44ace66e
-import json, os, shutil
+import json, os, shutil, threading
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch import nn
-from .configs import sd_v1
+from .configs import latent_side, sd_v1
+from .core import as_path, check_number
 from .folders import (check_folder, find_checkpoint, pieces, pocket_path, predicts,
                              read_json, split_file, weights_file, weights_files)
 from .schedule import SD_V1, Schedule, read_schedule
@@ -31,9 +32,13 @@ def _fill(net, state, where): # every name and shape must fit
     if any('position_embedding' in k for k in state): # a text encoder: two ways to name it
         nested = any(k.startswith('text_model.') for k in net.state_dict())
         state = (nested_keys if nested else flat_keys)(state)
+    wanted, got = ({k: tuple(v.shape) for k, v in s.items()} for s in (net.state_dict(), state))
     try: net.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f"expected weights that fit {where}, got others: {e}") from None
+    except RuntimeError:
+        odd = sorted(k for k in wanted.keys()|got if wanted.get(k)!=got.get(k)) or ['their kind']
+        raise ValueError(f"expected weights that fit {where}, got others: {len(odd)} arrays "
+                         f"differ, e.g. {odd[0]}, {wanted.get(odd[0], 'not in there')} wanted, "
+                         f"{got.get(odd[0], 'nothing')} found.") from None
     return net
 
 def load_own(
@@ -118,13 +123,13 @@ class SD:
             kind = f'{type(net).__module__.split(".")[0]} {type(net).__name__}'
             millions = sum(p.numel() for p in net.parameters())/1e6
             return f'  {name:13} {kind}, {millions:.1f} M numbers{note}'
-        side = getattr(self.unet.config, 'sample_size', None) or 0
+        side = 8*latent_side(self.unet.config)
         return '\n'.join([
             f'SD from {Path(self.path).name}, {self.dtype} on {self.device}, '
             f'guidance_scale {self.guidance_scale:g}, {self.schedule.prediction_type}',
             f'  {"tokenizer":13} {type(self.tokenizer).__name__}, {len(self.tokenizer)} tokens',
             line('text_encoder', self.text_encoder, ''), line('vae', self.vae, ''),
-            line('unet', self.unet, f', for pictures of {side*8} pixels' if side else '')])
+            line('unet', self.unet, f', for pictures of {side} pixels')])
 
 # %% ../nbs/38_load.ipynb #7b2d5b11
 def usable_device(
@@ -132,11 +137,13 @@ def usable_device(
     dtype=torch.float32, # What it has to calculate with
 )->torch.device:
     "A device that is there and knows these numbers, or a sentence"
+    if not isinstance(device, (str, int, torch.device)) or isinstance(device, bool):
+        raise ValueError(f"expected a device such as 'cpu' or 'cuda', got {device!r}")
     try: there = (torch.zeros(1, device=device, dtype=dtype)+1).device
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
-        reason = str(e).split('\n')[0].rstrip('.')
+        reason = str(e).split('\n')[0].split('Expected one of')[0].rstrip('. ')
         raise ValueError(f"expected a device that this machine has and that knows {dtype}, got "
-                         f"{str(device)!r}: {reason}. 'cpu' is always there.") from None
+                         f"{str(device)!r}{reason and ': '+reason}. 'cpu' is always there.") from None
     if there.type!='meta': return there
     raise ValueError("expected a device that keeps numbers, got 'meta', which has only shapes")
 
@@ -156,7 +163,16 @@ def _read_notes(path): # guidance scale and schedule
     if path.is_file(): return 7.5, replace(SD_V1, prediction_type=predicts(path))
     said = read_json(path/'scheduler'/'scheduler_config.json')
     scale = said.get('_guidance_scale', read_json(path/'pocket.json').get('guidance_scale', 7.5))
-    return scale, read_schedule(said)
+    return check_number(scale, 'a guidance_scale in the settings', 0), read_schedule(said)
+
+# diffusers changes torch.nn while it loads: two at a time would get each other's halves
+_one_by_one = threading.Lock()
+
+def _check_words(tokenizer, text_encoder): # an id for each would be beyond the table
+    rows = len(text_encoder.get_input_embeddings().weight)
+    if len(tokenizer)<=rows: return
+    raise ValueError(f"expected at most {rows} tokens, one for each row of the text encoder, got "
+                     f"a tokenizer of {len(tokenizer)}. The two are not of one checkpoint.")
 
 def load_sd(
     # None: pocket, the small one in this package. A folder, a .safetensors file,
@@ -171,13 +187,16 @@ def load_sd(
     "Load Stable Diffusion: pocket, 1.4, 1.5 or anything in their layout"
     if networks not in ('diffusers', 'own'):
         raise ValueError(f"expected networks='diffusers' or 'own', got {networks!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"expected a dtype such as torch.float32 or torch.float16, got {dtype!r}")
     device = usable_device(device, dtype)
     variant = 'fp16' if dtype==torch.float16 else None
     path = find_checkpoint(name, variant)
     scale, schedule = _read_notes(path)
     load = _load_ours if networks=='own' else _load_theirs
-    tokenizer, *nets = _load_file(path, networks) if path.is_file() else load(path, variant)
-    check_tokenizer(tokenizer)
+    with _one_by_one:
+        tokenizer, *nets = _load_file(path, networks) if path.is_file() else load(path, variant)
+    _check_words(check_tokenizer(tokenizer), nets[0])
     for net in nets: net.eval().requires_grad_(False)
     return SD(tokenizer, *nets, path, scale, schedule).to(device, dtype)
 
@@ -240,17 +259,20 @@ def save_sd(
     folder,  # A new one
 )->Path:     # The folder
     "Write a checkpoint whole or not at all, in diffusers' layout, without a path of this machine"
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.realpath(as_path(folder, 'a folder')))    # where a link leads
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"expected a folder that does not exist yet, got {str(folder)!r}. "
                          "Choose another name, or delete it first.")
     part = folder.with_name(f'.{folder.name}.{os.getpid()}')
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         for piece in _ours: _write_piece(getattr(sd, piece), piece, part)
         _write_notes(sd, part)
         _copy_rest(sd, part)
         if folder.exists(): folder.rmdir()
         os.replace(part, folder)
+    except OSError as e:
+        raise OSError(f"expected to be able to write {str(folder)!r}, but: {e.strerror or e}. "
+                      "Choose another place.") from None
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -9,15 +9,17 @@ __all__ = ['check_inputs', 'unseen_words', 'encode_prompt', 'denoise', 'native_s
 # %% ../nbs/38_pipeline.ipynb #b6794d7b
 import random, warnings
 import numpy as np, torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
-from .core import as_rgb, image_grid, images_to_tensor, real, whole
+from .core import (as_rgb, check_tensor, generator_of, image_grid, images_to_tensor, real,
+                          upright, whole)
+from .configs import latent_side
 from .denoiser import noise_predictor
 from .guidance import check_scale
 from .sample import make_plan, noise_from, sample
 from .schedule import check_steps, scale_input
 from .text import embed_prompts, get_token_embeds
-from .tokenizer import all_ids, read_weights, word_ends
+from .tokenizer import all_ids, as_texts, read_weights, word_ends
 from .vae import encode, latents_to_pil
 
 _all_ = ['noise_predictor']
@@ -39,13 +41,21 @@ def check_inputs(
     check_steps(num_inference_steps)
     if guidance_scale is not None: check_scale(guidance_scale)
     for name, side in dict(height=height, width=width).items():
-        if (whole(side) or 0)<=0 or side%8:
+        pixels = whole(side) or 0
+        if pixels>_widest: raise ValueError(f"expected a {name} up to {_widest}, got {side!r}")
+        if pixels<=0 or pixels%8:
             near = max(8, round(number/8)*8) if (number := real(side)) else 512
             raise ValueError(f"expected a {name} that is a multiple of 8, got {side!r}. "
                              f"Try {near}.")
-    if not 0<=(-1 if (share := real(strength)) is None else share)<=1:
-        raise ValueError("expected a strength from 0 (the image as it is) to 1 (ignored), "
-                         f"got {strength!r}")
+    _check_strength(strength)
+
+_widest = 2**15 # pixels: more than any memory holds
+
+def _check_strength(strength): # as Python's float
+    share = real(strength)
+    if share is not None and 0<=share<=1: return share
+    raise ValueError("expected a strength from 0 (the image as it is) to 1 (ignored), "
+                     f"got {strength!r}")
 
 # %% ../nbs/38_pipeline.ipynb #9bca0a2b
 def unseen_words(
@@ -75,6 +85,7 @@ def encode_prompt(
     negative_prompt=None,  # What to move away from: a string, or one per picture; None: ''
 )->torch.Tensor:           # (2B,77,D), the negative half first
     "Text embeddings for guidance"
+    prompts = as_texts(prompts)
     negative = '' if negative_prompt is None else negative_prompt
     if isinstance(negative, str): negative = [negative]*len(prompts)
     if not isinstance(negative, (list, tuple)) or len(negative)!=len(prompts):
@@ -100,30 +111,25 @@ def denoise(
 def native_size(sd)->int: # Pixels
     "The side of the pictures a checkpoint was trained on: 128 for pocket, 512 for SD v1"
     if not hasattr(sd, 'unet'): raise ValueError(f"expected what load_sd gives, got {sd!r}")
-    return sd.unet.config.sample_size*8
+    return 8*latent_side(sd.unet.config)
 
 def _seeds(seed, n): # one integer or torch.Generator per picture
     if seed is None: seed = random.randrange(2**31)
     if (first := whole(seed)) is not None: return [first+i for i in range(n)]
-    seeds = list(seed) if hasattr(seed, '__len__') else [seed]
+    several = isinstance(seed, (list, tuple, range, np.ndarray, torch.Tensor))
+    seeds = list(seed) if several and np.ndim(seed) else [seed]
     if len(seeds)==n: return seeds
     raise ValueError(f"expected one seed or {n}, one per prompt, got {len(seeds)}: {seed!r}")
 
-def _generator(seed):
-    if isinstance(seed, torch.Generator): return seed
-    s = whole(seed)
-    if s is None or not 0<=s<2**64:
-        raise ValueError(f"expected a seed from 0 to 2**64-1 or a torch.Generator, got {seed!r}")
-    if s>=2**32: warnings.warn(f"torch keeps 32 bits of a seed: {s} draws what {s%2**32} draws")
-    return torch.Generator().manual_seed(s)
-
-def _generators(seed, n): return [_generator(s) for s in _seeds(seed, n)]
+def _generators(seed, n): return [generator_of(s) for s in _seeds(seed, n)]
 
 def _prompts(prompt, eps_fn, seed, **asked): # one string per picture
     if eps_fn is None:
         if isinstance(prompt, (list, tuple)): return list(prompt)
         if isinstance(prompt, str): return [prompt]
         raise ValueError(f"expected a prompt or a list of them, got {prompt!r}")
+    if not callable(eps_fn):
+        raise ValueError(f"expected an eps_fn(x, sigma, t), got {eps_fn!r}")
     if said := [k for k, v in dict(prompt=prompt, **asked).items() if v is not None]:
         raise ValueError("expected an eps_fn alone, which has its prompt and guidance inside, "
                          f"got {', '.join(said)} as well")
@@ -136,12 +142,14 @@ def _warn_unheard(sd, negative_prompt, guidance_scale):
                       "alone. Take more than 1.")
 
 def _ask(sd, prompts, eps_fn, negative_prompt, guidance_scale, guidance_interval):
-    if eps_fn: return eps_fn
-    _warn_unheard(sd, negative_prompt, guidance_scale)
+    if eps_fn is not None: return eps_fn
     emb = encode_prompt(sd, prompts, negative_prompt)
+    _warn_unheard(sd, negative_prompt, guidance_scale)
     return noise_predictor(sd, emb, guidance_scale, guidance_interval)
 
 def _finish(sd, steps, on_step): # -> PIL images
+    if not callable(on_step or str):
+        raise ValueError(f"expected an on_step(step), got {on_step!r}")
     for step in steps:
         if on_step: on_step(step)
     return latents_to_pil(step.x_next.to(sd.dtype), sd.vae)
@@ -166,6 +174,7 @@ def txt2img(
                  guidance_interval=guidance_interval)
     prompts = _prompts(prompt, eps_fn, seed, **asked)
     check_inputs(prompts, num_inference_steps, guidance_scale, h, w)
+    h, w = whole(h), whole(w)
     plan = make_plan(sampler, num_inference_steps, sd.schedule)
     noise_fn = noise_from(_generators(seed, len(prompts)))
     noise = noise_fn(torch.empty(len(prompts), 4, h//8, w//8, device=sd.device))
@@ -182,7 +191,10 @@ def generate_with_embs(
     guidance_interval:tuple=None, on_step=None, progress:bool=True,           # As in `txt2img`
 )->list:                          # PIL images
     "Pictures from text embeddings, whatever was done to them before"
-    emb = text_embeddings.to(sd.device, sd.dtype)
+    reads = sd.unet.config.cross_attention_dim
+    emb = check_tensor(text_embeddings, 'text embeddings', f'(B,77,{reads})')
+    emb = emb.to(sd.device, sd.dtype)
+    if not len(emb): raise ValueError("expected text embeddings of a prompt, got none")
     if uncond:
         nothing = embed_prompts(sd.tokenizer, sd.text_encoder, ['']*len(emb))
         emb = torch.cat([nothing.to(emb), emb])
@@ -196,11 +208,12 @@ def start_step(
     strength:float,          # 0..1
 )->int:                      # First step to take; all are skipped at strength 0
     "Which step image-to-image starts at, as diffusers counts"
-    taken = min(int(num_inference_steps*strength), num_inference_steps)
-    if strength and not taken:
-        warnings.warn(f"strength {strength:g} of {num_inference_steps} steps is less than one: "
-                      f"the image stays as it is. Take {1/num_inference_steps:.2g} or more.")
-    return num_inference_steps-taken
+    n, share = check_steps(num_inference_steps), _check_strength(strength)
+    taken = int(n*share)
+    if share and not taken:
+        warnings.warn(f"strength {share:g} of {n} steps is less than one: "
+                      f"the image stays as it is. Take {1/n:.2g} or more.")
+    return n-taken
 
 def _fit(image, n, convert=as_rgb, name='image'): # PIL image(s) -> one for each of n prompts
     images = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -255,7 +268,7 @@ def as_mask(
     mask:Image.Image, # White, 1, or what was erased to transparency: to be redrawn
 )->Image.Image:       # Grey, only 0 and 255
     "A mask of any kind: bytes, zeros and ones, 16 bits, or a picture with a hole in it"
-    im = ImageOps.exif_transpose(mask)
+    im = upright(mask)
     alpha = np.asarray(im.convert('RGBA').getchannel('A'))
     if alpha.min()<alpha.max(): hole = 255-alpha
     else: hole = np.asarray(as_rgb(im).convert('L'))

@@ -43,7 +43,7 @@ def check_scheduler(
                          "Make one with from_config.")
     name = type(scheduler).__name__
     train = getattr(scheduler, 'alphas_cumprod', None)
-    if train is None:
+    if not isinstance(train, torch.Tensor):
         raise ValueError("expected a scheduler that starts from betas, as SD v1's does, "
                          f"got {name}")
     ours = alphas_cumprod(schedule)

@@ -7,7 +7,7 @@ __all__ = ['batch_rng', 'save_state', 'load_state', 'one_writer', 'ema_decay', '
            'fingerprint', 'fit', 'averaged_weights']
 
 # %% ../nbs/91_train.ipynb #08907efe
-import hashlib, math, pickle, time
+import hashlib, math, pickle, struct, time
 from dataclasses import dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,7 +16,7 @@ from types import CellType, CodeType, FunctionType
 from typing import Callable
 import numpy as np, torch
 from torch import nn
-from .core import whole_file
+from .core import as_path, check_number, real, whole, whole_file
 
 # %% ../nbs/91_train.ipynb #3d06d697
 def batch_rng(
@@ -41,8 +41,8 @@ def load_state(
     path,  # A file that `save_state` wrote
 )->dict:
     "Read a training state; nothing in it is ever run"
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as e:
+    try: return torch.load(as_path(path, 'a file'), map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, struct.error) as e:
         raise ValueError(f"expected {path} to hold a training state, but it cannot be read "
                          f"({type(e).__name__}). Delete it, or choose another path.") from None
 
@@ -56,7 +56,9 @@ def one_writer(
         yield
         return
     from filelock import FileLock, Timeout
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try: Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(f"expected a place to write {path}, but: {e.strerror}.") from None
     lock = FileLock(f'{path}.lock')
     try: lock.acquire(timeout=0)
     except Timeout:
@@ -87,6 +89,8 @@ def trained(
     model:nn.Module, # Any; parts of it may be frozen
 )->dict:             # name -> parameter, only those that are trained
     "What a training changes, averages and saves: on a LoRA that is little"
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model (an nn.Module), got {model!r}")
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     if params: return params
     raise ValueError("expected a model with something to train, got one whose parameters are all "
@@ -121,6 +125,10 @@ def _average(averaged, params, d): # averaged <- d*averaged + (1-d)*params
     for k, p in params.items(): averaged[k].lerp_(p, 1-d)
 
 def _restore(state, params, averaged, opt):
+    parts = {'params', 'averaged', 'optimizer', 'step'}
+    if not isinstance(state, dict) or not parts<={*state}:
+        raise ValueError(f"expected the state of a training with {', '.join(sorted(parts))}, got "
+                         "another. Take step.state(), or delete the file.")
     shapes = {k: tuple(p.shape) for k, p in params.items()}
     if {k: tuple(p.shape) for k, p in state['params'].items()}!=shapes:
         raise ValueError("expected the state of these weights, got one with other names or "
@@ -144,7 +152,7 @@ def _seeded(loss_fn, rng, device, precision):
 
 def _update(loss, params, opt, scaler):
     "One optimiser step, unless loss or gradient are not finite; did it happen?"
-    if not isinstance(loss, torch.Tensor) or loss.numel()!=1 or not loss.requires_grad:
+    if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
         got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise ValueError("expected a loss of one number that knows how it was computed, "
                          f"got {got}. End it with .mean(), without .item() or .detach().")
@@ -179,12 +187,16 @@ def train_steps(
 ):                        # Generator of `TrainStep`
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
     params, here = _named(params), _here()
-    _check_training(n, lr, ema, mixed_precision)
+    n, seed, lr = _check_training(n, seed, lr, mixed_precision)
+    ema = check_number(ema, 'ema', 0, math.nextafter(1, 0))
+    warmup = check_number(warmup, 'warmup', 0)
+    weight_decay = check_number(weight_decay, 'weight_decay', 0)
+    if not callable(loss_fn): raise ValueError(f"expected a loss_fn, got {loss_fn!r}")
     device = next(iter(params.values())).device
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision=='fp16')
     averaged = {k: p.detach().clone() for k, p in params.items()}
-    first = _restore(state, params, averaged, opt) if state else 0
+    first = 0 if state is None else _restore(state, params, averaged, opt)
     here_is = [first]          # the step whose state can be had
     for i in range(first, n):
         for group in opt.param_groups: group['lr'] = lr*lr_factor(i, n, warmup, decay)
@@ -201,19 +213,22 @@ def train_steps(
 
 def _named(params): # name -> parameter
     if isinstance(params, nn.Module): return trained(params)
-    named = params if isinstance(params, dict) else {str(i): p for i, p in enumerate(params)}
+    some = params if isinstance(params, (dict, list, tuple)) or hasattr(params, '__next__') else ()
+    named = some if isinstance(some, dict) else {str(i): p for i, p in enumerate(some)}
     if named and all(isinstance(p, torch.Tensor) and p.requires_grad for p in named.values()):
         return named
-    kinds = ', '.join({type(p).__name__ for p in named.values()}) or 'none'
+    kinds = ', '.join({type(p).__name__ for p in named.values()}) or repr(params)
     raise ValueError(f"expected parameters that take a gradient, e.g. trained(model), got {kinds}")
 
-def _check_training(n, lr, ema, precision):
-    if isinstance(n, bool) or not isinstance(n, int) or n<0:
+def _check_training(n, seed, lr, precision): # the numbers, as Python has them
+    if whole(n) is None or n<0:
         raise ValueError(f"expected a number of steps, 0 or more, got {n!r}")
-    if not 0<lr<=1: raise ValueError(f"expected a learning rate above 0 and at most 1, got {lr}")
-    if not 0<=ema<1: raise ValueError(f"expected ema from 0 to below 1, got {ema}")
+    seed = check_number(seed, 'a seed', 0, 2**32, whole)
+    if not 0<(real(lr) or 0)<=1:
+        raise ValueError(f"expected a learning rate above 0 and at most 1, got {lr!r}")
     if precision not in ('no', 'bf16', 'fp16'):
         raise ValueError(f"expected mixed_precision 'no', 'bf16' or 'fp16', got {precision!r}")
+    return whole(n), seed, real(lr)
 
 # %% ../nbs/91_train.ipynb #1ba0c00a
 def _tensor_mark(x): # shape, kind, and a sample of the numbers
@@ -257,10 +272,14 @@ _empty = CellType()
 def _go_on(path, mark, n): # the saved state, when it is of this training; its losses
     if not (path and Path(path).exists()): return None, []
     state = load_state(path)
-    said = state.get('mark', {}) if isinstance(state, dict) else {}
+    said = state.get('mark') if isinstance(state, dict) else {}
+    said = said if isinstance(said, dict) else {}
     if odd := [f"{k} was {said.get(k)!r} and is {v!r}" for k, v in mark.items() if said.get(k)!=v]:
         raise ValueError(f"expected {path} to hold a state of this training, got another: "
                          f"{'; '.join(odd)}. Delete it, or choose another path.")
+    if lost := {'step', 'losses', 'buffers'}-{*state}:
+        raise ValueError(f"expected {path} to hold a whole state, {', '.join(sorted(lost))} is "
+                         "missing. Delete it, or choose another path.")
     if state['step']>n:
         raise ValueError(f"expected at least {state['step']} steps, which {path} has behind it, "
                          f"got {n}. Ask for more, or choose another path.")
@@ -271,6 +290,19 @@ def _stop(step, path):
     raise FloatingPointError("expected a finite loss, gradient and weights, got others at step "
                              f"{step.i} (loss {step.loss}). The last good state is kept{where}. "
                              "Try a smaller learning rate.")
+
+def _check_fit(functions, save_every, preview_every, settings):
+    check_number(save_every, 'save_every', 0)
+    check_number(preview_every, 'preview_every', 0, read=whole)
+    if odd := [f for f in functions if not callable(f)]:
+        raise ValueError(f"expected a loss_fn and a preview to call, got {odd[0]!r}")
+    known = [k for k in train_steps.__kwdefaults__ if k!='state']
+    if odd := {*settings}-{*known}:
+        raise ValueError(f"expected settings out of {', '.join(known)}, got {', '.join(odd)}")
+
+def _plain(v): # numbers as Python has them: they go into a file
+    if whole(v) is not None: return whole(v)
+    return v if real(v) is None else real(v)
 
 def fit(
     model:nn.Module,      # Trained in place; ends with the averaged weights
@@ -287,8 +319,14 @@ def fit(
     "Train, save, preview and show: everything around `train_steps`"
     from tqdm.auto import tqdm
     here = _here()
-    if path and Path(path).is_dir(): raise ValueError(f"expected a file, got the folder {path}")
-    params = trained(model.to(here.device))
+    path = None if path is None else as_path(path, 'a file')
+    if path and path.is_dir(): raise ValueError(f"expected a file, got the folder {path}")
+    _check_fit([loss_fn, preview or str], save_every, preview_every, settings)
+    steps = check_number(steps, 'a number of steps', 0, read=whole)
+    seed = check_number(seed, 'a seed', 0, 2**32, whole)
+    settings = {k: _plain(v) for k, v in settings.items()}
+    params = trained(model)
+    model.to(here.device)
     # with a decaying learning rate, another number of steps is another training
     length = dict(steps=steps) if settings.get('decay') else {}
     mark = dict(loss_and_data=fingerprint(loss_fn), seed=seed, **settings, **length)
