@@ -12,18 +12,16 @@ __all__ = ['critic_from', 'critic_heard', 'edges', 'patch_colour', 'worst', 'pic
 import time
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np, torch
+import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import noise_like
 from ..denoiser import predict_noise, predict_x0
-from ..folders import pocket_path, read_json
 from ..idea.autoencoder import kl
 from .pictures import batch_of, picks, processes, step_of, usable
 from ..schedule import add_noise, scale_input, sigma_at, sigma_like
 from ..train import (fingerprint, fit, load_state, one_writer, save_state, train_steps,
                            trained)
-from ..vae import VAE, decode, encode, scaling_factor
+from ..vae import encode, scaling_factor
 
 # %% ../../nbs/64b_codec.ipynb #0debea67
 def edges(x): # differences of neighbours, down and across

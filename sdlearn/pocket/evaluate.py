@@ -9,7 +9,7 @@ __all__ = ['first_new', 'many', 'few', 'guidance_scales', 'examples', 'rivals', 
            'evaluate_vae', 'framed', 'plot_page', 'evaluate', 'asked_recipe', 'main']
 
 # %% ../../nbs/65_evaluate.ipynb #9a70bf30
-import argparse, json, math, time
+import argparse, json, time
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
