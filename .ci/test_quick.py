@@ -1608,13 +1608,13 @@ def test_the_card_says_the_numbers_of_its_file(tmp_path):
     row = dict(n=100, clip=.9, true_clip=.95)
     metrics = dict(settings=dict(steps=7), shares={'style, held out': row}, steps={},
                    guidance={'4': dict(n=3, subject=.75, score=.5, variety=.9)},
-                   variety=dict(n=6, drawn=.2, true=.4, ratio=.5), vae=dict(n=8, psnr=26.5, specks=3, grounds=9))
+                   variety=dict(n=6, drawn=.2, true=.4, ratio=.5), vae=dict(n=8, psnr=26.5, error=.4, specks=3, grounds=9))
     update_facts(tmp_path, subjects=12, failures=['torn'], training=['one run'], metrics=metrics)
     write_card(tmp_path)
     card = (tmp_path/'README.md').read_text(encoding='utf8')
     assert card.startswith('---\nlicense: apache-2.0\n') and card.split('---\n')[1].endswith('- cpu\n')
     assert '| style, held out | 100 | 0.900 ± 0.030 | 0.950 ± 0.022 |  |  |' in card
-    for words in ('26.5 dB on 8', '3 of 9', '| 4 | 3 | 0.75 | 0.5 | 0.9 |', '- torn', '- one run', 'steps 7'):
+    for words in ('26.5 ± 0.4 dB on 8', '3 of 9', '| 4 | 3 | 0.75 | 0.5 | 0.9 |', '- torn', '- one run', 'steps 7'):
         assert ' '.join(words.split()) in ' '.join(card.split()), words
     update_facts(tmp_path, subjects=13)
     assert facts(tmp_path)['subjects']==13 and facts(tmp_path)['metrics']==metrics

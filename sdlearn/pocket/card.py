@@ -72,8 +72,8 @@ CLIP's vocabulary of 49,408 (MIT). NOTICE names the makers; none of them endorse
 
 Shares are top-1: of all that could have been asked for, is it the right one? By pocket's own CLIP \
 and by pixel distance to the renderer's drawings. "True" is what the same judge says of the \
-renderer's pictures: no model can be asked for more. Held out: combinations that were in no \
-training. ± is the standard error of a share of so many pictures.
+renderer's pictures (guidance draws what is most typical, which CLIP may like better). Held out: \
+combinations that were in no training. ± is the standard error of a share of so many pictures.
 
 | what | pictures | CLIP | true | pixels | true |
 |---|---|---|---|---|---|
@@ -108,9 +108,9 @@ def _rest(m): # of what was measured
     return '\n\n'.join([
         f"Variety between seeds is {v['ratio']} of that between the renderer's designs and views "
         f"({v['n']} pictures; root mean square {v['drawn']} and {v['true']}, black to white is 2).",
-        f"Autoencoder: PSNR {vae['psnr']} dB on {vae['n']} new scenes; a speck (a pixel off by "
-        f"more than .3, black to white is 2) in the empty bottom left corner of {vae['specks']} "
-        f"of {vae['grounds']} coloured grounds.",
+        f"Autoencoder: PSNR {vae['psnr']} ± {vae['error']} dB on {vae['n']} new scenes; a speck "
+        f"(a pixel off by more than .3, black to white is 2) in the empty bottom left corner of "
+        f"{vae['specks']} of {vae['grounds']} coloured grounds.",
         _columns('guidance', guided, n='pictures', subject='subject, top-1 by CLIP',
                  score='cosine to the words', variety='variety'),
         _columns('steps', steps, n='pictures', rms='distance to 50 steps',

@@ -306,18 +306,21 @@ def coloured_grounds(
 
 def evaluate_vae(
     vae,         # `VAE` or diffusers' AutoencoderKL
-    n:int=192,   # Pictures for the decibels
+    n:int=384,   # Pictures for the decibels
     grounds:int=96, # Pictures for the specks
-)->dict:         # `psnr` in decibels, `specks` of `grounds`
+)->dict:         # `psnr` in decibels, its standard `error`, `specks` of `grounds`
     "What comes back from the autoencoder"
     new = [draw(scene(i)) for i in range(first_new, first_new+n)]
     found = specks(*there_and_back(vae, coloured_grounds(grounds))).sum().item()
     x, back = there_and_back(vae, new)
-    return dict(n=n, psnr=round(psnr(back, x), 2), specks=found, grounds=grounds)
+    each = torch.tensor([psnr(*pair) for pair in zip(back.split(1), x.split(1))])
+    error = (each.std()/n**.5).item()
+    return dict(n=n, psnr=round(each.mean().item(), 2), error=round(error, 2), specks=found,
+                grounds=grounds)
 
 # %% ../../nbs/65_evaluate.ipynb #661eb76d
 # pictures of each kind, subjects of each experiment; quick: five minutes on two cores
-many = dict(subject=64, seen=16, held=48, relation=200, varied=8, guided=4, stepped=4, vae=192)
+many = dict(subject=64, seen=16, held=48, relation=200, varied=8, guided=4, stepped=4, vae=384)
 few = dict(subject=24, seen=8, held=16, relation=24, varied=4, guided=2, stepped=2, vae=48)
 guidance_scales = 0, 1, 3, 4, 5, 7.5, 14
 
@@ -359,7 +362,7 @@ def _measure(sd, n, **kw): # the numbers, the sheets
     varied, sheets['seeds'] = evaluate_variety(sd, _some(n['varied']), **kw)
     guided, sheets['guidance'] = evaluate_guidance(sd, _some(n['guided']), guidance_scales, **kw)
     steps = evaluate_steps(sd, _some(n['stepped']), **kw)
-    vae = evaluate_vae(sd.vae, n['vae'], n['vae']//2)
+    vae = evaluate_vae(sd.vae, n['vae'], n['vae']//4)
     return dict(shares=shares, variety=varied, guidance=guided, steps=steps, vae=vae), sheets
 
 # %% ../../nbs/65_evaluate.ipynb #26f43857
