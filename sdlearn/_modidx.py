@@ -234,6 +234,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdlearn.load.SD.__repr__': ('load.html#sd.__repr__', 'sdlearn/load.py'),
                               'sdlearn.load.SD.device': ('load.html#sd.device', 'sdlearn/load.py'),
                               'sdlearn.load.SD.dtype': ('load.html#sd.dtype', 'sdlearn/load.py'),
+                              'sdlearn.load.SD.load_lora': ('load.html#sd.load_lora', 'sdlearn/load.py'),
                               'sdlearn.load.SD.save': ('load.html#sd.save', 'sdlearn/load.py'),
                               'sdlearn.load.SD.to': ('load.html#sd.to', 'sdlearn/load.py'),
                               'sdlearn.load.SD.unload': ('load.html#sd.unload', 'sdlearn/load.py'),

@@ -6,7 +6,7 @@
 __all__ = ['attention_names', 'LowRank', 'full_change', 'lora_layers', 'put_lora', 'Pair', 'lora_pairs', 'take_lora', 'lora_loss',
            'learn_lora', 'merge_lora', 'save_lora', 'read_lora']
 
-# %% ../../nbs/41_lora.ipynb #d71537d2
+# %% ../../nbs/41_lora.ipynb #06305894
 import json, re, warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
 from ..train import fit
 from ..unet import predict_noise
 
-# %% ../../nbs/41_lora.ipynb #2df77f3e
+# %% ../../nbs/41_lora.ipynb #ea60657a
 class LowRank(nn.Module):
     "layer(x) + scale*alpha/rank * up(down(x)) (Hu et al. 2021, eq. 3)"
     def __init__(self,
@@ -65,7 +65,7 @@ def _thin(layer, rank, generator): # down and up
     nn.init.zeros_(up.weight)
     return down, up
 
-# %% ../../nbs/41_lora.ipynb #4c59b03a
+# %% ../../nbs/41_lora.ipynb #50ee24b1
 attention_names = ('to_q', 'to_k', 'to_v', 'to_out.0',            # in the UNet
                    'q_proj', 'k_proj', 'v_proj', 'out_proj')      # in the text encoder
 
@@ -84,7 +84,7 @@ def lora_layers(
     "The layers that a LoRA changes"
     found = {k: m for k, m in _layers(network).items()
              if any(f'.{k}'.endswith(f'.{n}') for n in names)}
-    if found: return found
+    if found: return dict(sorted(found.items()))  # in one order, whichever network it is
     raise ValueError(f"expected layers named {', '.join(names)}, and this {type(network).__name__} "
                      "has none. The VAE is not meant to have a LoRA.")
 
@@ -111,7 +111,7 @@ def put_lora(
     for name, module in low.items(): _put(network, name, module)
     return low
 
-# %% ../../nbs/41_lora.ipynb #dcb5629b
+# %% ../../nbs/41_lora.ipynb #5ac822da
 @dataclass
 class Pair:
     "What a LoRA says about one layer"
@@ -145,7 +145,7 @@ def take_lora(
         if isinstance(m, LowRank): _put(network, name, m.layer)
     return network
 
-# %% ../../nbs/41_lora.ipynb #90c66a6b
+# %% ../../nbs/41_lora.ipynb #802ed5b2
 def lora_loss(
     latents:Tensor,            # (N,4,h,w) the pictures, encoded once
     words:Tensor,              # (N,77,D) their captions, embedded once; or (1,77,D) for all
@@ -194,7 +194,7 @@ def learn_lora(
         take_lora(unet)
         for k, p in unet.named_parameters(): p.requires_grad_(frozen[k])
 
-# %% ../../nbs/41_lora.ipynb #7af0e14f
+# %% ../../nbs/41_lora.ipynb #29b81508
 @torch.no_grad()
 def merge_lora(
     pairs:dict,     # 'unet.<name of a layer>' -> `Pair`
@@ -228,7 +228,7 @@ def _table(networks): # place -> name and layer
             for piece, net in networks.items() if net is not None
             for name, layer in _layers(net).items()}
 
-# %% ../../nbs/41_lora.ipynb #b212fd13
+# %% ../../nbs/41_lora.ipynb #7d60e580
 def _diffusers_name(key): # 'unet.x' stays; transformers 4's name of a text layer is read by all
     return re.sub(r'^text_encoder\.', 'text_encoder.text_model.', key)
 
@@ -276,7 +276,7 @@ def _safetensors(file):
     raise ValueError(f"expected a .safetensors file, got {file.name!r}: other kinds (.pt, .bin, "
                      ".ckpt) are pickles, which can run code when they are opened.")
 
-# %% ../../nbs/41_lora.ipynb #ba884e4f
+# %% ../../nbs/41_lora.ipynb #dbe15efa
 _spellings = ('.processor.', '.'), ('.default.', '.'), ('.lora_linear_layer.', '.lora.'), \
              ('_lora.', '.lora.'), ('.lora.', '.lora_'), ('lora_A', 'lora_down'), \
              ('lora_B', 'lora_up')
