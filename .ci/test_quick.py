@@ -40,7 +40,7 @@ def test_imports_run_one_way():
         if path.name in ('__init__.py', '_modidx.py'): continue
         assert name in rooms, f'{name} has no place in the list of rooms'
         for other in imports(path):
-            if other in ("", "pocket", "idea", "adapt"): continue
+            if other in ('', 'pocket', 'idea', 'adapt'): continue
             assert rooms.index(other)<rooms.index(name), f'{name} imports {other}, which stands above it'
 
 def test_a_notebook_exports_the_module_of_its_name():
@@ -1433,6 +1433,7 @@ def test_only_the_low_rank_numbers_are_trained_and_a_resumed_training_goes_on(tm
     for k, p in straight.items():
         assert torch.equal(p.up, resumed[k].up) and torch.equal(p.down, resumed[k].down)
         assert not torch.equal(p.up, half[k].up)
+    with pytest.raises(ValueError, match='another'): learn_lora(unet, loss, 6, tmp_path/'s', **kw|dict(alpha=2.))
     undo = merge_lora(read_lora(tmp_path/'p.safetensors', unet), unet=unet)
     with torch.no_grad(): assert_close(unet(latents, 500, words.expand(3, -1, -1)), seen[5], rtol=1e-4, atol=1e-4)
     undo()
@@ -1463,6 +1464,7 @@ def test_drawing_sees_a_lora_that_is_beside_the_weights():
     unet, latents, words = lora_task()
     low = put_lora(unet, 2, seed=3)
     with pytest.raises(ValueError, match='takes them off'): put_lora(unet, 2)
+    with pytest.raises(ValueError, match='unet=, text_encoder='): merge_lora({'text_encoder.x': None}, unet=unet)
     with torch.no_grad():
         for m in low.values(): m.up.weight.normal_()
         beside = noise_predictor(unet, words.repeat(6, 1, 1), 2.)(latents, 3., 700)
