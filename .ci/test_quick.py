@@ -17,7 +17,8 @@ def cells(path, kind='code'):
 
 # ---------------------------------------------------------------- structure
 
-rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser schedulers sample load pipeline
+rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
+    sample load pipeline
     idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
     pocket.looks pocket.captions pocket.scenes pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext cli __main__ bench'''.split()  # from the ground up
@@ -39,7 +40,7 @@ def test_imports_run_one_way():
         if path.name in ('__init__.py', '_modidx.py'): continue
         assert name in rooms, f'{name} has no place in the list of rooms'
         for other in imports(path):
-            if other in ('', 'pocket', 'idea'): continue
+            if other in ('', 'pocket', 'idea', 'adapt'): continue
             assert rooms.index(other)<rooms.index(name), f'{name} imports {other}, which stands above it'
 
 def test_a_notebook_exports_the_module_of_its_name():
@@ -1618,3 +1619,284 @@ def test_the_card_says_the_numbers_of_its_file(tmp_path):
         assert ' '.join(words.split()) in ' '.join(card.split()), words
     update_facts(tmp_path, subjects=13)
     assert facts(tmp_path)['subjects']==13 and facts(tmp_path)['metrics']==metrics
+
+# ---------------------------------------------------------------- lora
+
+def lora_nets(seed=0):
+    _, nets = tiny_networks()
+    return {k: randomized(nets[k], seed) for k in ('unet', 'text_encoder')}
+
+def lora_arrays(networks, names, rank=3, spell='{}.lora_{}.weight', words=('down', 'up')):
+    "Random low-rank changes of some layers, spelled as somebody spells them: 'unet.conv_in' -> its two arrays"
+    g, arrays, changes = torch.Generator().manual_seed(5), {}, {}
+    for i, (name, said) in enumerate(names.items()):
+        piece, layer = name.split('.', 1)
+        w = networks[piece].get_submodule(layer).weight
+        conv = w.ndim==4
+        down = torch.randn(rank+i, *w.shape[1:], generator=g)
+        up = torch.randn(len(w), rank+i, *(1, 1)[:2*conv], generator=g)
+        arrays |= {spell.format(said, words[0]): down, spell.format(said, words[1]): up}
+        changes[name] = torch.einsum('or,r...->o...', up.flatten(1), down)
+    return arrays, changes
+
+mid = 'mid_block.attentions.0.transformer_blocks.0.attn2'
+lora_names = {f'unet.{mid}.to_q': f'unet_{mid}_to_q', f'unet.{mid}.to_out.0': f'unet_{mid}_to_out_0',
+              'unet.down_blocks.0.resnets.0.conv1': 'unet_down_blocks_0_resnets_0_conv1',
+              'unet.mid_block.attentions.0.proj_in': 'unet_mid_block_attentions_0_proj_in',
+              'text_encoder.encoder.layers.0.self_attn.k_proj': 'te_text_model_encoder_layers_0_self_attn_k_proj'}
+lora_names = {k: 'lora_'+v.replace('.', '_') for k, v in lora_names.items()}
+
+def weights_of(nets): return {f'{p}.{k}': v.clone() for p, net in nets.items() for k, v in net.state_dict().items()}
+
+def same_bits(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+@pytest.mark.parametrize('kind', ['linear', 'conv1', 'conv3'])
+def test_a_low_rank_layer_adds_scale_alpha_over_rank_up_down(kind):
+    from torch import nn
+    from sdlearn.adapt.lora import LowRank
+    layer = dict(linear=lambda: nn.Linear(6, 10), conv1=lambda: nn.Conv2d(6, 10, 1),
+                 conv3=lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1))[kind]()
+    x = torch.randn(2, 5, 6) if kind=='linear' else torch.randn(2, 6, 7, 7)
+    low = LowRank(layer, 3, alpha=6., generator=torch.Generator().manual_seed(0))
+    assert torch.equal(low(x), layer(x)) and low.down.weight.std()>.1            # it starts at nothing
+    assert_close(low.down.weight, LowRank(layer, 3, generator=torch.Generator().manual_seed(0)).down.weight)
+    with torch.no_grad(): low.up.weight.normal_()
+    low.scale = -.25
+    wanted = layer(x)-.25*6/3*low.up(low.down(x))
+    assert_close(low(x), wanted)
+    merged = type(layer)(6, 10, 3, stride=2, padding=1) if kind=='conv3' else type(layer)(6, 10, *[1]*(kind=='conv1'))
+    with torch.no_grad():
+        merged.weight.copy_(low.weight)
+        merged.bias.copy_(low.bias)
+    assert_close(merged(x), wanted, rtol=1e-4, atol=1e-4)
+    assert LowRank(layer, 3).alpha==3 and LowRank(layer, 3).strength==1
+    half = LowRank(layer.half() if kind=='linear' else layer.bfloat16(), 3)       # coarse weights, fine changes
+    assert half.down.weight.dtype==torch.float32 and half(x.to(layer.weight.dtype)).dtype==layer.weight.dtype
+
+def test_each_layer_of_a_lora_file_has_its_own_alpha(tmp_path):
+    from safetensors.torch import save_file
+    from sdlearn.adapt.lora import merge_lora, read_lora
+    nets = lora_nets()
+    arrays, changes = lora_arrays(nets, lora_names)
+    alphas = {name: 1.+i for i, name in enumerate(lora_names)}
+    del alphas[[*alphas][1]]                                                        # without one: its rank
+    for name, alpha in alphas.items(): arrays[f'{lora_names[name]}.alpha'] = torch.tensor(alpha)
+    save_file(arrays, tmp_path/'k.safetensors')
+    before = weights_of(nets)
+    pairs = read_lora(tmp_path/'k.safetensors', **nets)
+    assert {*pairs}=={*lora_names}
+    assert [p.rank for p in pairs.values()]==[3+[*lora_names].index(k) for k in pairs]
+    save_file({k.replace('lora_te_', 'lora_te1_'): v for k, v in arrays.items()}, tmp_path/'l.safetensors')
+    assert read_lora(tmp_path/'l.safetensors', **nets).keys()==pairs.keys()         # as newer scripts call it
+    undo = merge_lora(pairs, .5, **nets)
+    after = weights_of(nets)
+    for i, (name, change) in enumerate(changes.items()):
+        w = f'{name}.weight'
+        assert_close(after[w]-before[w], .5*alphas.get(name, 3+i)/(3+i)*change, rtol=1e-3, atol=1e-5)
+        del after[w]
+    for k, v in after.items(): assert torch.equal(v, before[k]), k
+    undo()
+    assert same_bits(weights_of(nets), before)
+
+@pytest.mark.parametrize('spell, words', [
+    ('{}.lora_{}.weight', ('A', 'B')), ('{}.lora.{}.weight', ('down', 'up')), ('{}.lora_{}.weight', ('down', 'up')),
+    ('{}.lora_linear_layer.{}.weight', ('down', 'up')), ('{}.lora_{}.default.weight', ('A', 'B')),
+    ('base_model.model.{}.lora_{}.weight', ('A', 'B'))])
+def test_every_spelling_of_a_lora_is_read(tmp_path, spell, words):
+    from safetensors.torch import save_file
+    from sdlearn.adapt.lora import read_lora
+    nets = lora_nets()
+    names = {k: k.replace('text_encoder.', 'text_encoder.text_model.') for k in lora_names}
+    arrays, changes = lora_arrays(nets, names, spell=spell, words=words)
+    save_file(arrays, tmp_path/'a.safetensors')
+    pairs = read_lora(tmp_path/'a.safetensors', **nets)
+    for k, change in changes.items(): assert_close(pairs[k].change(change), change, rtol=1e-4, atol=1e-4)
+    bare = {k.replace('unet.', ''): v for k, v in arrays.items() if 'text_encoder' not in k}  # only a UNet, without its name
+    save_file(bare, tmp_path/'b.safetensors')
+    assert len(read_lora(tmp_path/'b.safetensors', nets['unet']))==4
+    old = {k.replace(f'{mid}.', f'{mid}.processor.').replace('.to_q.lora.', '.to_q_lora.').replace('.to_out.0.lora.', '.to_out_lora.'):
+           v for k, v in lora_arrays(nets, names, spell='{}.lora.{}.weight')[0].items() if mid in k}
+    assert all('_lora.' in k and '.processor.' in k for k in old)
+    save_file(old, tmp_path/'c.safetensors')
+    assert {*read_lora(tmp_path/'c.safetensors', nets['unet'])}=={f'unet.{mid}.to_q', f'unet.{mid}.to_out.0'}
+
+@pytest.mark.parametrize('notes, alpha', [
+    ({}, 3.), ({'unet.lora_alpha': 6.}, 6.), ({'unet.lora_alpha': 6, 'unet.alpha_pattern': {f'^{mid}.to_q': 2}}, 2.),
+    ({'unet.lora_alpha': 6, 'unet.alpha_pattern': {'attn2.to_q': 1.5}}, 1.5), ({'text_encoder.lora_alpha': 9}, 3.),
+    ({'unet.lora_alpha': 6, 'unet.alpha_pattern': {'attn2.to_k': 1.5}}, 6.),
+    ({'unet.lora_alpha': 6, 'unet.use_rslora': True}, 6*3**.5)])
+def test_alpha_in_the_notes_of_a_file(tmp_path, notes, alpha):
+    from safetensors.torch import save_file
+    from sdlearn.adapt.lora import read_lora
+    nets = lora_nets()
+    arrays, _ = lora_arrays(nets, {f'unet.{mid}.to_q': f'unet.{mid}.to_q'}, spell='{}.lora_{}.weight', words=('A', 'B'))
+    save_file(arrays, tmp_path/'a.safetensors', metadata=dict(lora_adapter_metadata=json.dumps(notes)))
+    [pair] = read_lora(tmp_path/'a.safetensors', nets['unet']).values()
+    assert pair.alpha==pytest.approx(alpha)
+
+@pytest.mark.parametrize('layout', ['diffusers', 'kohya'])
+def test_a_lora_written_is_the_lora_read(tmp_path, layout):
+    from safetensors import safe_open
+    from sdlearn.adapt.lora import Pair, merge_lora, read_lora, save_lora
+    nets, (_, changes) = lora_nets(), lora_arrays(lora_nets(), lora_names)
+    arrays, _ = lora_arrays(nets, {k: k for k in lora_names})
+    pairs = {k: Pair(arrays[f'{k}.lora_down.weight'], arrays[f'{k}.lora_up.weight'], 1.+i) for i, k in enumerate(lora_names)}
+    file = save_lora(pairs, tmp_path/'x.safetensors', layout)
+    again = read_lora(file, **nets)
+    assert again.keys()==pairs.keys()
+    for k, p in pairs.items():
+        assert torch.equal(p.down, again[k].down) and torch.equal(p.up, again[k].up) and p.alpha==again[k].alpha
+    with safe_open(file, 'pt') as f:
+        keys, notes = {*f.keys()}, json.loads(f.metadata().get('lora_adapter_metadata', '{}'))
+    if layout=='kohya': assert {k.split('.')[0] for k in keys}=={*lora_names.values()} and len(keys)==3*len(pairs)
+    else:
+        assert f'unet.{mid}.to_q.lora_A.weight' in keys and len(keys)==2*len(pairs)
+        assert 'text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_B.weight' in keys
+        assert notes['unet.r']==3 and {*notes['unet.rank_pattern'].values()}=={4, 5, 6}
+    with pytest.raises(ValueError, match='pickles'): save_lora(pairs, tmp_path/'x.pt')
+    with pytest.raises(ValueError, match="'diffusers' or 'kohya'"): save_lora(pairs, file, 'mine')
+
+def test_loras_add_up_and_leave_no_trace(tmp_path):
+    from sdlearn.adapt.lora import Pair, save_lora
+    from sdlearn.load import SD
+    nets = lora_nets()
+    sd = SD(None, nets['text_encoder'], torch.nn.Identity(), nets['unet'], tmp_path)
+    name = f'{mid}.to_q'
+    w = sd.unet.get_submodule(name).weight
+    first, bits = w.clone(), weights_of(nets)
+    g = torch.Generator().manual_seed(0)
+    pair = Pair(torch.randn(2, w.shape[1], generator=g), torch.randn(len(w), 2, generator=g), 1.)
+    change = .5*pair.up@pair.down
+    file = save_lora({f'unet.{name}': pair}, tmp_path/'x.safetensors')
+    assert sd.load_lora(file) is sd
+    assert_close(w, first+change)
+    once = w.clone()
+    sd.load_lora(str(file), scale=.5)
+    assert_close(w, first+1.5*change) and len(sd.undo)==2
+    sd.undo.pop()()
+    assert torch.equal(w, once)                                       # the last first
+    sd.load_lora(file, -3.)
+    assert_close(w, first-2*change)
+    assert sd.unload() is sd and same_bits(weights_of(nets), bits) and not sd.undo
+    with pytest.raises(ValueError, match='finite scale'): sd.load_lora(file, float('inf'))
+    assert not sd.undo
+    sd.unet.half()
+    halved = weights_of(nets)
+    sd.load_lora(file)
+    assert w.dtype==torch.float16 and not torch.equal(w, halved[f'unet.{name}.weight'])
+    sd.unload()
+    assert same_bits(weights_of(nets), halved)
+
+def lora_task():
+    unet = lora_nets()['unet']
+    g = torch.Generator().manual_seed(1)
+    return unet, torch.randn(3, 4, 8, 8, generator=g), torch.randn(1, 77, tiny_unet['cross_attention_dim'], generator=g)
+
+def test_only_the_low_rank_numbers_are_trained_and_a_resumed_training_goes_on(tmp_path):
+    from sdlearn.adapt.lora import LowRank, learn_lora, lora_loss, merge_lora, read_lora, save_lora
+    from sdlearn.train import load_state
+    unet, latents, words = lora_task()
+    before, loss = weights_of(dict(unet=unet)), lora_loss(latents, words, bs=2)
+    kw = dict(rank=2, alpha=1., progress=False)
+    unet.requires_grad_(True)                                          # as somebody may have left it
+    straight = learn_lora(unet, loss, 6, **kw)
+    assert same_bits(weights_of(dict(unet=unet)), before) and all(p.requires_grad for p in unet.parameters())
+    assert all(p.up.abs().sum()>0 and p.rank==2 and p.alpha==1 for p in straight.values())
+    half = learn_lora(unet, loss, 3, tmp_path/'s', **kw)
+    state = load_state(tmp_path/'s')
+    assert len(state['params'])==len(state['averaged'])==2*len(straight) and all('.down.' in k or '.up.' in k for k in state['params'])
+    seen = {}
+    def look(net, step): # the file written on the way draws what the run draws on the way
+        from sdlearn.adapt.lora import lora_pairs
+        save_lora(lora_pairs(unet=net), tmp_path/'p.safetensors')
+        with torch.no_grad(): seen[step] = net(latents, 500, words.expand(3, -1, -1))
+    resumed = learn_lora(unet, loss, 6, tmp_path/'s', preview=look, preview_every=5, **kw)
+    for k, p in straight.items():
+        assert torch.equal(p.up, resumed[k].up) and torch.equal(p.down, resumed[k].down)
+        assert not torch.equal(p.up, half[k].up)
+    with pytest.raises(ValueError, match='another'): learn_lora(unet, loss, 6, tmp_path/'s', **kw|dict(alpha=2.))
+    undo = merge_lora(read_lora(tmp_path/'p.safetensors', unet), unet=unet)
+    with torch.no_grad(): assert_close(unet(latents, 500, words.expand(3, -1, -1)), seen[5], rtol=1e-4, atol=1e-4)
+    undo()
+    def spoilt(net, g): return loss(net, g)*float('nan')
+    with pytest.raises(FloatingPointError, match='step 0'): learn_lora(unet, spoilt, 3, **kw)
+    assert same_bits(weights_of(dict(unet=unet)), before)
+    assert not any(isinstance(m, LowRank) for m in unet.modules())
+
+def test_the_loss_of_a_lora_is_that_of_noise():
+    from sdlearn.adapt.lora import lora_loss
+    from sdlearn.denoiser import noise_loss
+    from sdlearn.schedule import SD_V1, sigma_at
+    from dataclasses import replace
+    unet, latents, words = lora_task()
+    each = torch.cat([words, 2*words, 3*words])
+    for kind in ('epsilon', 'v_prediction'):
+        got = lora_loss(latents, each, 5, replace(SD_V1, prediction_type=kind))(unet, torch.Generator().manual_seed(3))
+        g = torch.Generator().manual_seed(3)
+        i, t = torch.randint(3, (5,), generator=g), torch.randint(1000, (5,), generator=g)
+        noise = torch.randn(5, 4, 8, 8, generator=g)
+        assert_close(got, noise_loss(lambda x, s, c: unet(x, t, c), latents[i], each[i], sigma_at(t), noise, kind))
+    unet.to(torch.bfloat16)                                            # a frozen network of half precision
+    assert lora_loss(latents, words, 2)(unet, torch.Generator().manual_seed(0)).dtype==torch.float32
+
+def test_drawing_sees_a_lora_that_is_beside_the_weights():
+    from sdlearn.adapt.lora import lora_pairs, merge_lora, put_lora, take_lora
+    from sdlearn.denoiser import noise_predictor
+    unet, latents, words = lora_task()
+    low = put_lora(unet, 2, seed=3)
+    with pytest.raises(ValueError, match='takes them off'): put_lora(unet, 2)
+    with pytest.raises(ValueError, match='unet=, text_encoder='): merge_lora({'text_encoder.x': None}, unet=unet)
+    with torch.no_grad():
+        for m in low.values(): m.up.weight.normal_()
+        beside = noise_predictor(unet, words.repeat(6, 1, 1), 2.)(latents, 3., 700)
+        pairs = lora_pairs(unet=take_lora(unet) and unet) or None
+        assert pairs is None                                           # taken off: nothing is left to copy
+        for name, m in low.items(): unet.get_submodule(name).weight.copy_(m.weight)
+        assert_close(beside, noise_predictor(unet, words.repeat(6, 1, 1), 2.)(latents, 3., 700), rtol=1e-4, atol=1e-4)
+
+def test_lora_names_are_those_of_diffusers():
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    from sdlearn.adapt.lora import lora_layers, lora_pairs, put_lora
+    nets = lora_nets()
+    theirs = UNet2DConditionModel(**tiny_unet)
+    assert [*lora_layers(theirs)]==[*lora_layers(nets['unet'])]
+    assert all(k.endswith(('to_q', 'to_k', 'to_v', 'to_out.0')) for k in lora_layers(theirs))
+    text = CLIPTextModel(CLIPTextConfig(**tiny_text))
+    for both in ((theirs, nets['unet']), (text, nets['text_encoder'])):
+        for net in both: put_lora(net, 2)
+    one, two = lora_pairs(unet=theirs, text_encoder=text), lora_pairs(**nets)
+    assert {*one}=={*two} and all(one[k].down.shape==two[k].down.shape for k in one)
+
+@pytest.mark.parametrize('harm, words', [
+    (lambda a: {k: v.repeat(1, 2) if 'down' in k and v.ndim==2 else v for k, v in a.items()}, f'has .*{mid}.to_q .*another one'),
+    (lambda a: {k: v[:2] if 'down' in k else v for k, v in a.items()}, 'has 5 others'),
+    (lambda a: {k: v*float('nan') for k, v in a.items()}, 'finite numbers'),
+    (lambda a: {k.replace('lora_', 'xl_'): v for k, v in a.items()}, 'nothing in x.safetensors fits'),
+    (lambda a: {k: v for k, v in a.items() if 'up' not in k.rpartition('.lora')[2]}, 'nothing in x.safetensors fits'),
+    (lambda a: {}, 'nothing in')])
+def test_loras_that_do_not_fit_are_refused(tmp_path, harm, words):
+    from safetensors.torch import save_file
+    from sdlearn.adapt.lora import read_lora
+    nets = lora_nets()
+    arrays, _ = lora_arrays(nets, lora_names)
+    save_file(harm(arrays), tmp_path/'x.safetensors')
+    with pytest.raises(ValueError, match=words): read_lora(tmp_path/'x.safetensors', **nets)
+
+def test_what_has_no_place_in_a_lora_file_is_listed(tmp_path):
+    from safetensors.torch import save_file
+    from sdlearn.adapt.lora import read_lora
+    nets = lora_nets()
+    arrays, _ = lora_arrays(nets, lora_names)
+    first = [*lora_names.values()][0]
+    more = arrays|{f'{first}.dora_scale': torch.ones(2), 'lora_unet_elsewhere.lora_down.weight': torch.ones(2, 2),
+                   'lora_te2_text_model_x.lora_up.weight': torch.ones(2, 2)}
+    save_file(more, tmp_path/'x.safetensors')
+    with pytest.warns(UserWarning) as said: pairs = read_lora(tmp_path/'x.safetensors', **nets)
+    assert [*lora_names][0] not in pairs and len(pairs)==4
+    for word in ('5 arrays', 'dora_scale', 'elsewhere', 'lora_te2', f'{first}.lora_up.weight'): assert word in str(said[0].message)
+    save_file(arrays, tmp_path/'y.safetensors')
+    with pytest.warns(UserWarning, match='2 arrays .*lora_te_'): assert len(read_lora(tmp_path/'y.safetensors', nets['unet']))==4
+    (tmp_path/'z.safetensors').write_bytes((tmp_path/'y.safetensors').read_bytes()[:300])
+    for name, words in (('z.safetensors', 'damaged'), ('y.ckpt', 'pickles'), ('none.safetensors', 'Check the path')):
+        with pytest.raises(ValueError, match=words): read_lora(tmp_path/name, nets['unet'])

@@ -22,6 +22,7 @@ from .tokenizer import Tokenizer, check_tokenizer
 from .text import TextEncoder, flat_keys, nested_keys
 from .vae import VAE
 from .unet import UNet
+from .adapt.lora import merge_lora, read_lora
 
 # a lesson of their own, still found here
 _all_ = ['check_folder', 'find_checkpoint', 'pieces', 'pocket_path', 'weights_file']
@@ -108,6 +109,14 @@ class SD:
         "Move and convert all networks"
         # diffusers' own `to` warns about every dtype
         for net in (self.text_encoder, self.vae, self.unet): nn.Module.to(net, *args)
+        return self
+    def load_lora(self,
+        path,           # A .safetensors file of diffusers, peft, kohya, or of `save_lora`
+        scale:float=1., # How much of it; 0 is nothing, below 0 the opposite
+    ):
+        "Add a LoRA to the weights, in place and on top of what is there; `unload` takes it back"
+        mine = dict(unet=self.unet, text_encoder=self.text_encoder)
+        self.undo.append(merge_lora(read_lora(path, **mine), scale, **mine))
         return self
     def unload(self):
         "Take back everything that was put on the checkpoint, the last first"
