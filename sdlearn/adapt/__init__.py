@@ -1,0 +1,1 @@
+"Make it yours: new words, small changes of weights, learned from a few pictures"
