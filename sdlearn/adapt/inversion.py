@@ -6,7 +6,7 @@
 __all__ = ['subject_captions', 'vectors_of', 'new_words', 'with_words', 'word_embeds', 'word_states', 'check_token', 'add_words',
            'save_word', 'read_words', 'write_words', 'Word', 'word_loss', 'start_rows', 'square', 'moved', 'learn_word']
 
-# %% ../../nbs/40_inversion.ipynb #ba98c34a
+# %% ../../nbs/40_inversion.ipynb #0d24f9bf
 import copy, json, re, warnings
 from pathlib import Path
 import torch
@@ -21,7 +21,7 @@ from ..tokenizer import (Tokenizer, all_ids, check_tokenizer, clean_text, read_w
 from ..train import fit
 from ..vae import encode
 
-# %% ../../nbs/40_inversion.ipynb #34b5ba9e
+# %% ../../nbs/40_inversion.ipynb #8fca0ec5
 class _Spoken:
     "Mixed into a tokenizer that got more words: one of several vectors stands for all of them"
     def encode(self, text, *args, **how):
@@ -87,7 +87,7 @@ def with_words(
     new.__class__ = type(plain.__name__, (mixin, plain), dict(new_words=words))
     return new
 
-# %% ../../nbs/40_inversion.ipynb #065305e3
+# %% ../../nbs/40_inversion.ipynb #d277cdd0
 def word_embeds(
     text_encoder, # Ours or transformers'
     ids:Tensor,   # (B,L) token ids; those beyond the table are new
@@ -96,6 +96,9 @@ def word_embeds(
     "Look up what tokens mean: known ones in the table, new ones in `rows`"
     n = len(text_core(text_encoder).embeddings.token_embedding.weight)
     ids = ids.to(rows.device)
+    if not n<=ids.max()<n+len(rows):
+        raise ValueError(f"expected ids of new words, {n} to {n+len(rows)-1}, got at most "
+                         f"{ids.max()}. Are they in the table already? Then use prompts.")
     known = get_token_embeds(text_encoder, ids.clamp(max=n-1)).to(rows)
     return torch.where((ids>=n)[..., None], rows[(ids-n).clamp(min=0)], known)
 
@@ -109,7 +112,7 @@ def word_states(
     places = text_core(text_encoder).embeddings.position_embedding.weight
     return get_output_embeds(text_encoder, add_positions(text_encoder, x.to(places)))
 
-# %% ../../nbs/40_inversion.ipynb #f5774f80
+# %% ../../nbs/40_inversion.ipynb #41b356e2
 def _set_table(text_encoder, rows): # another table, longer or shorter
     table = text_core(text_encoder).embeddings.token_embedding
     table.weight = nn.Parameter(rows, requires_grad=False)
@@ -171,7 +174,7 @@ def add_words(
         _set_table(sd.text_encoder, _table(sd.text_encoder)[:len(old)].clone())
     return undo
 
-# %% ../../nbs/40_inversion.ipynb #b11bb2e0
+# %% ../../nbs/40_inversion.ipynb #a87607d0
 def save_word(
     file,           # e.g. 'learned_embeds.safetensors'
     token:str,      # e.g. '<tiny>'
@@ -228,7 +231,7 @@ def read_words(
     def name(key): return token or clean_text(file.stem if key=='emb_params' else key)
     return {name(k): v[None] if v.ndim==1 else v for k, v in found.items()}
 
-# %% ../../nbs/40_inversion.ipynb #30c9047c
+# %% ../../nbs/40_inversion.ipynb #714681d8
 def _edit_json(file, change): # file -> what it says, changed
     said = json.loads(file.read_text(encoding='utf8')) if file.exists() else {}
     file.write_text(json.dumps(said|change(said), indent=2)+'\n', encoding='utf8')
@@ -255,7 +258,7 @@ def write_words(
         return dict(added_tokens=kept+[_note(t, id=i) for t, i in words.items()])
     _edit_json(one, more)
 
-# %% ../../nbs/40_inversion.ipynb #3a6bcafe
+# %% ../../nbs/40_inversion.ipynb #f711cb2d
 subject_captions = ('a picture of {}', 'a photo of {}', 'an image of {}', '{}',
                     'a photograph of {}', 'a drawing of {}')
 
@@ -358,7 +361,7 @@ def learn_word(
     latents = _encoded(sd, pictures)
     ids = _caption_ids(sd, _tokens(token, vectors), captions, len(pictures))
     word = Word(start)
-    lr = .15*start[0].std().item()    # .03 on pocket, .002 on SD v1
+    lr = .05*start[0].std().item()    # .01 on pocket, .0007 on SD v1
     settings = dict(lr=lr, warmup=10, ema=.95, weight_decay=0.)|settings
     losses = fit(word, word_loss(sd, latents, ids, batch), steps, path, seed, **settings)
     rows = word.rows.detach().to(start.device)
