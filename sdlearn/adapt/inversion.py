@@ -274,7 +274,7 @@ def word_loss(
     sd,              # Anything with `text_encoder`, `unet` and `schedule`
     latents:Tensor,  # (P,4,h,w) the pictures, encoded
     ids:Tensor,      # (P,C,77) C captions for each picture, as ids
-    batch:int=4,     # Pictures per step
+    batch:int=8,     # Pictures per step
 )->callable:         # loss_fn(word, generator), as `fit` wants it
     "Predict the noise on the pictures from captions with the word in it (Gal et al. 2022, eq. 2)"
     def loss_fn(word, generator):
@@ -348,7 +348,7 @@ def learn_word(
     vectors:int=1,    # How many rows the word gets
     captions:list=None, # One per picture with {} for the word; None: "a picture of {}" and the like
     steps:int=300,    # Optimiser steps
-    batch:int=4,      # Pictures per step
+    batch:int=8,      # Pictures per step
     seed:int=0,       # Everything random follows from it
     path=None,        # State file: resumed from when it exists
     **settings,       # lr, ema, progress, preview, preview_every ...: those of `fit`
@@ -361,7 +361,7 @@ def learn_word(
     latents = _encoded(sd, pictures)
     ids = _caption_ids(sd, _tokens(token, vectors), captions, len(pictures))
     word = Word(start)
-    lr = .05*start[0].std().item()    # .01 on pocket, .0007 on SD v1
+    lr = .1*start[0].std().item()    # .02 on pocket, .0013 on SD v1
     settings = dict(lr=lr, warmup=10, ema=.95, weight_decay=0.)|settings
     losses = fit(word, word_loss(sd, latents, ids, batch), steps, path, seed, **settings)
     rows = word.rows.detach().to(start.device)
