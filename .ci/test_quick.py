@@ -1900,3 +1900,200 @@ def test_what_has_no_place_in_a_lora_file_is_listed(tmp_path):
     (tmp_path/'z.safetensors').write_bytes((tmp_path/'y.safetensors').read_bytes()[:300])
     for name, words in (('z.safetensors', 'damaged'), ('y.ckpt', 'pickles'), ('none.safetensors', 'Check the path')):
         with pytest.raises(ValueError, match=words): read_lora(tmp_path/name, nets['unet'])
+
+# ---------------------------------------------------------------- inversion
+
+@pytest.fixture(scope='module')
+def bundles():
+    from sdlearn.load import load_sd
+    return {kind: load_sd(networks=kind) for kind in ('own', 'diffusers')}
+
+def word_table(sd):
+    from sdlearn.text import text_core
+    return text_core(sd.text_encoder).embeddings.token_embedding
+
+def some_words():
+    g = torch.Generator().manual_seed(0)
+    return {'<tiny>': torch.randn(3, 128, generator=g)*.2, '<lines>': torch.randn(1, 128, generator=g)*.2}
+
+def test_tokens_of_one_word_belong_together():
+    from sdlearn.adapt.inversion import vectors_of
+    assert vectors_of(['<a>', '<a>_1', '<a>_2', '<b>', 'x_7'])=={'<a>': 3, '<b>': 1, 'x_7': 1}
+
+@pytest.mark.parametrize('kind', ['own', 'diffusers'])
+def test_a_word_of_several_vectors_is_written_once(bundles, kind):
+    from sdlearn.adapt.inversion import new_words, with_words
+    from sdlearn.tokenizer import all_ids, token_weights, tokenize, word_ends
+    before = bundles[kind].tokenizer
+    more = with_words(with_words(before, ['<tiny>', '<tiny>_1', '<tiny>_2']), ['<lines>'])
+    assert len(before)==49408 and len(more)==49412 and type(more).__name__==type(before).__name__
+    assert [*new_words(more)]==['<tiny>', '<tiny>_1', '<tiny>_2', '<lines>'] and new_words(before)=={}
+    a, three, snow = 320, [49408, 49409, 49410], 2583
+    assert all_ids(more, 'a <TINY>, snow <lines>')[1:-1]==[a, *three, 267, snow, 49411]
+    assert all_ids(more, 'a <tiny> <tiny>_1 <tiny>_2 snow')[1:-1]==[a, *three, snow]    # already spread
+    assert all_ids(more, '<tiny>_2 <tiny>')[1:-1]==[49410, *three]
+    assert tokenize(more, ['a <tiny>', 'snow'])[:, :6].tolist()==[[49406, a, *three, 49407], [49406, snow]+[49407]*4]
+    assert word_ends(more, all_ids(more, 'a <tiny> snow'))==[1, 2, 3, 4, 5, 6, 7]
+    weights = token_weights(more, 'a (<tiny>:1.5) in (snow:.5)')
+    assert weights[:9].tolist()==[1, 1, 1.5, 1.5, 1.5, 1, .5, 1, 1]
+    assert more.convert_ids_to_tokens([49409, 49411])==['<tiny>_1', '<lines>']
+
+def test_rows_beyond_the_table_mean_what_they_are_given(bundles):
+    from sdlearn.adapt.inversion import with_words, word_embeds, word_states
+    from sdlearn.text import embed_prompts
+    from sdlearn.tokenizer import tokenize, word_id
+    for sd in bundles.values():
+        known = [word_table(sd).weight[word_id(sd.tokenizer, w)] for w in ('deer', 'fox')]
+        rows = torch.stack(known).clone().requires_grad_(True)
+        ids = tokenize(with_words(sd.tokenizer, ['<x>', '<y>']), 'a <y> and a <x>')
+        assert torch.equal(word_states(sd.text_encoder, ids, rows),
+                           embed_prompts(sd.tokenizer, sd.text_encoder, 'a fox and a deer'))
+        word_embeds(sd.text_encoder, ids, rows).sum().backward()
+        assert torch.equal(rows.grad, torch.ones(2, 128))
+
+@pytest.mark.parametrize('kind', ['own', 'diffusers'])
+def test_words_are_put_in_and_taken_out(bundles, kind, tmp_path):
+    from sdlearn.adapt.inversion import read_words, save_word
+    from sdlearn.text import embed_prompts
+    sd, words = bundles[kind], some_words()
+    tokenizer, table = sd.tokenizer, word_table(sd).weight.clone()
+    for i, (token, rows) in enumerate(words.items()):
+        sd.load_word(save_word(tmp_path/f'{i}.safetensors', token, rows))
+    assert sd.load_word(save_word(tmp_path/'2.safetensors', '<tiny>', words['<tiny>']), '<huge>') is sd
+    assert len(sd.tokenizer)==len(word_table(sd).weight)==word_table(sd).num_embeddings==49415
+    assert torch.equal(word_table(sd).weight, torch.cat([table, *words.values(), words['<tiny>']]))
+    both = embed_prompts(sd.tokenizer, sd.text_encoder, ['a <tiny> here', 'a <huge> here'])
+    assert torch.equal(*both) and not word_table(sd).weight.requires_grad
+    with pytest.raises(ValueError, match='knows already'): sd.load_word(tmp_path/'0.safetensors')
+    assert len(sd.tokenizer)==49415                         # nothing half done
+    sd.unload()
+    assert sd.tokenizer is tokenizer and torch.equal(word_table(sd).weight, table)
+    config = sd.text_encoder.config
+    assert (config['vocab_size'] if isinstance(config, dict) else config.vocab_size)==49408
+
+@pytest.mark.parametrize('kind', ['own', 'diffusers'])
+def test_a_checkpoint_is_saved_with_its_words(bundles, kind, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from sdlearn.adapt.inversion import add_words
+    from sdlearn.load import load_sd
+    from sdlearn.text import embed_prompts
+    sd, prompt = bundles[kind], 'a <tiny> in the style of <lines>'
+    out = add_words(sd, some_words())
+    said = embed_prompts(sd.tokenizer, sd.text_encoder, prompt)
+    sd.save(tmp_path/'mine')
+    out()
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path/'mine')
+    assert_close(pipe.encode_prompt(prompt, 'cpu', 1, False)[0], said, rtol=1e-5, atol=2e-5)
+    pipe.save_pretrained(tmp_path/'theirs')
+    for folder in ('mine', 'theirs'):
+        for networks in ('own', 'diffusers'):
+            again = load_sd(tmp_path/folder, networks=networks)
+            assert_close(embed_prompts(again.tokenizer, again.text_encoder, prompt), said, rtol=1e-5, atol=2e-5)
+    again.save(tmp_path/'again')
+    assert len(load_sd(tmp_path/'again', networks='own').tokenizer)==49412
+
+def test_files_of_words(tmp_path):
+    from safetensors.torch import save_file
+    from sdlearn.adapt.inversion import read_words, save_word
+    words = some_words()
+    for token, rows in words.items():
+        file = save_word(tmp_path/'new'/'learned_embeds.safetensors', token, rows)
+        assert torch.equal(read_words(file)[token], rows) and [*read_words(file.parent, '<b>')]==['<b>']
+    save_file(dict(emb_params=words['<tiny>'].half()), tmp_path/'My-Bear.safetensors')      # AUTOMATIC1111
+    assert torch.equal(read_words(tmp_path/'My-Bear.safetensors')['my-bear'], words['<tiny>'].half())
+    save_file({'<Tiny>': words['<tiny>'][0]}, tmp_path/'one.safetensors')                   # diffusers
+    assert torch.equal(read_words(tmp_path/'one.safetensors')['<tiny>'], words['<tiny>'][:1])
+    save_file(words, tmp_path/'two.safetensors')
+    assert {*read_words(tmp_path/'two.safetensors')}=={*words}
+    with pytest.raises(ValueError, match='one word'): read_words(tmp_path/'two.safetensors', '<b>')
+    save_file({'unet.x.lora_down.weight': torch.zeros(2, 3, 4, 5)}, tmp_path/'l.safetensors')
+    with pytest.raises(ValueError, match='sd.load_lora'): read_words(tmp_path/'l.safetensors')
+    save_file(dict(clip_l=torch.zeros(1, 768), clip_g=torch.zeros(1, 1280)), tmp_path/'xl.safetensors')
+    with pytest.raises(ValueError, match='SDXL'): read_words(tmp_path/'xl.safetensors')
+    torch.save(words, tmp_path/'w.pt')
+    with pytest.raises(ValueError, match='pickle.*save_word'): read_words(tmp_path/'w.pt')
+    (tmp_path/'w.pt').rename(tmp_path/'w.safetensors')
+    with pytest.raises(ValueError, match='cannot be read'): read_words(tmp_path/'w.safetensors')
+    with pytest.raises(FileNotFoundError, match='expected a file'): read_words(tmp_path/'no.safetensors')
+    with pytest.raises(ValueError, match='.safetensors'): save_word(tmp_path/'w.pt', '<b>', words['<lines>'])
+
+@pytest.mark.parametrize('rows,said', [(torch.zeros(2, 768), 'SD v1'), (torch.full((1, 128), float('nan')), 'NaN'),
+                                       (torch.zeros(128), 'shape'), (torch.zeros(1, 128).long(), 'int64')])
+def test_vectors_that_do_not_fit_are_refused(bundles, rows, said):
+    from sdlearn.adapt.inversion import add_words
+    with pytest.raises(ValueError, match=said): add_words(bundles['own'], {'<good>': torch.zeros(1, 128), '<x>': rows})
+    assert len(bundles['own'].tokenizer)==len(word_table(bundles['own']).weight)==49408
+
+@pytest.mark.parametrize('token', ['cat', 'Tiny', '', 'my bear', '(x:1.2)', '<|endoftext|>', '<x>_1', None, ' <x>'])
+def test_names_that_a_word_cannot_have(bundles, token):
+    from sdlearn.adapt.inversion import check_token
+    for sd in bundles.values():
+        with pytest.raises(ValueError, match='expected a new word'): check_token(sd.tokenizer, token)
+
+def test_a_word_is_learned_and_only_it(bundles, tmp_path):
+    import numpy as np
+    from PIL import Image
+    from sdlearn.adapt.inversion import learn_word, moved, start_rows
+    sd = bundles['own']
+    bits = {k: v.clone() for net in (sd.text_encoder, sd.unet, sd.vae) for k, v in net.state_dict().items()}
+    grey = Image.fromarray(np.full((90, 140), 200, np.uint8))
+    ims = [grey, Image.new('RGBA', (33, 300), (0, 0, 255, 90)), Image.new('P', (128, 128))]
+    def learn(steps=4, **how): return learn_word(sd, ims, '<x>', 'fox', batch=2, progress=False, **dict(steps=steps)|how)
+    rows, losses = learn()
+    start = start_rows(sd, 'fox')
+    assert rows.shape==(1, 128) and len(losses)==4 and .02<moved(rows, start)<.2 and not rows.requires_grad
+    assert all(torch.equal(v, bits[k]) for net in (sd.text_encoder, sd.unet, sd.vae) for k, v in net.state_dict().items())
+    with pytest.warns(UserWarning, match='99.5%'): learn(lr=1e-6)
+    learn(2, path=tmp_path/'s')
+    again, both = learn(4, path=tmp_path/'s')
+    assert torch.equal(again, rows) and both==losses        # killed and gone on: the same
+    two, _ = learn(vectors=2)
+    assert two.shape==(2, 128) and not torch.equal(*two)
+    told, _ = learn(captions=['a red {}', 'a {}', '{}'])
+    assert not torch.equal(told, rows)
+    theirs, _ = learn_word(bundles['diffusers'], ims, '<x>', 'fox', batch=2, progress=False, steps=4)
+    assert_close(theirs, rows, rtol=1e-3, atol=1e-4)
+
+def test_what_is_no_lesson_for_a_word(bundles):
+    from PIL import Image
+    from sdlearn.adapt.inversion import learn_word
+    sd, im = bundles['own'], Image.new('RGB', (128, 128), 'red')
+    def learn(pictures=(im, im), token='<x>', start='fox', **how):
+        return learn_word(sd, pictures, token, start, steps=1, batch=1, progress=False, **how)
+    for pictures in ([], (), None, im):
+        with pytest.raises(ValueError, match='three to five'): learn(pictures)
+    with pytest.raises(ValueError, match='Image.open'): learn(['a.png'])
+    with pytest.raises(ValueError, match='knows already'): learn(token='cat')
+    with pytest.raises(ValueError, match='one token'): learn(start='xylophonist')
+    with pytest.raises(ValueError, match='all zeros'): learn(start='person')
+    for n in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match='1 vector'): learn(vectors=n)
+    for captions in (['a {}'], ['a {}', 'a fox'], 'a {}'):
+        with pytest.raises(ValueError, match='caption'): learn(captions=captions)
+    with pytest.warns(UserWarning, match='one picture'): learn([im])
+    with pytest.raises(FloatingPointError, match='last good state'):
+        old = sd.unet.conv_out.bias.clone()
+        sd.unet.conv_out.bias.fill_(float('nan'))
+        try: learn()
+        finally: sd.unet.conv_out.bias.copy_(old)
+
+def test_a_words_loss_is_the_noise_loss_of_its_caption(bundles):
+    "By hand: one picture, one caption, the word at its place"
+    from sdlearn.adapt.inversion import Word, start_rows, with_words, word_loss
+    from sdlearn.denoiser import noise_loss
+    from sdlearn.schedule import sigma_at
+    from sdlearn.text import embed_prompts
+    from sdlearn.tokenizer import tokenize
+    from sdlearn.unet import predict_noise
+    sd, g = bundles['own'], torch.Generator().manual_seed(1)
+    x0 = torch.randn(2, 4, 16, 16, generator=g)
+    tokenizer = with_words(sd.tokenizer, ['<x>'])
+    ids = torch.stack([tokenize(tokenizer, [c]) for c in ('a picture of a <x>', 'a <x> in the snow')])
+    got = word_loss(sd, x0, ids, 3)(Word(start_rows(sd, 'fox')), torch.Generator().manual_seed(7))
+    g = torch.Generator().manual_seed(7)
+    i, _ = (torch.randint(n, (3,), generator=g) for n in (2, 1))
+    t = torch.randint(1000, (3,), generator=g)
+    words = embed_prompts(sd.tokenizer, sd.text_encoder, ['a picture of a fox', 'a fox in the snow'])[i]
+    noise = torch.randn(3, 4, 16, 16, generator=g)
+    predict = lambda x, sigma, cond: predict_noise(sd.unet, x, t, cond)
+    assert_close(got, noise_loss(predict, x0[i], words, sigma_at(t), noise))

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch import nn
+from .adapt.inversion import add_words, read_words, with_words, write_words
 from .configs import latent_side, sd_v1
 from .core import as_path, check_number
 from .folders import (check_folder, find_checkpoint, pieces, pocket_path, predicts,
@@ -122,6 +123,13 @@ class SD:
         "Take back everything that was put on the checkpoint, the last first"
         while self.undo: self.undo.pop()()
         return self
+    def load_word(self,
+        file,            # A .safetensors file of ours, diffusers' or AUTOMATIC1111's
+        token:str=None,  # What to call the word; None: what the file says
+    ):
+        "Put a learned word into tokenizer and table, in place; `unload` takes it out"
+        self.undo.append(add_words(self, read_words(file, token)))
+        return self
     def save(self,
         folder, # A new one
     )->Path:    # The folder
@@ -205,7 +213,8 @@ def load_sd(
     load = _load_ours if networks=='own' else _load_theirs
     with _one_by_one:
         tokenizer, *nets = _load_file(path, networks) if path.is_file() else load(path, variant)
-    _check_words(check_tokenizer(tokenizer), nets[0])
+    tokenizer = with_words(check_tokenizer(tokenizer))
+    _check_words(tokenizer, nets[0])
     for net in nets: net.eval().requires_grad_(False)
     return SD(tokenizer, *nets, path, scale, schedule).to(device, dtype)
 
@@ -260,6 +269,7 @@ def _write_notes(sd, folder): # the solver that was there, with the schedule as 
 def _copy_rest(sd, folder): # vocabulary, and pocket's image encoder and facts
     home = sd.path if sd.path.is_dir() else pocket_path()
     shutil.copytree(home/'tokenizer', folder/'tokenizer')
+    write_words(sd.tokenizer, folder/'tokenizer')
     if (sd.path/'clip').is_dir(): shutil.copytree(sd.path/'clip', folder/'clip')
     if (sd.path/'pocket.json').is_file(): shutil.copy(sd.path/'pocket.json', folder)
 
