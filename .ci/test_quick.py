@@ -2097,3 +2097,168 @@ def test_a_words_loss_is_the_noise_loss_of_its_caption(bundles):
     noise = torch.randn(3, 4, 16, 16, generator=g)
     predict = lambda x, sigma, cond: predict_noise(sd.unet, x, t, cond)
     assert_close(got, noise_loss(predict, x0[i], words, sigma_at(t), noise))
+
+# hostile: the most telling of .ci/hostile, which asks every door with everything
+
+def test_numbers_of_rarer_kinds_and_what_only_looks_like_one():
+    import numpy as np
+    from decimal import Decimal
+    from sdlearn.core import as_path, check_number, check_tensor, generator_of, real, whole
+    from sdlearn.pipeline import _seeds, start_step
+    for half in (Decimal('.5'), np.longdouble(.5), torch.tensor(.5, dtype=torch.bfloat16)): assert real(half)==.5
+    for odd in (10**400, np.complex64(.5+1j), np.str_('.5'), np.datetime64('2020'), np.timedelta64(1, 's'), Decimal('nan')): assert real(odd) is None, odd
+    assert check_number(np.int8(5), 'n', 1, 5, whole)==5 and check_number(1, 'n', 1, 5, whole)==1
+    for odd in (0, 6, 2., True, '3', None):
+        with pytest.raises(ValueError, match='expected n as a whole number from 1 to 5, got'): check_number(odd, 'n', 1, 5, whole)
+    for odd in (b'7', {7: 1}, {7}, 'seven'):                                # a byte is a number, and nobody's seed
+        with pytest.raises(ValueError, match='expected a seed'): generator_of(_seeds(odd, 1)[0])
+    assert _seeds(np.array([5, 6]), 2)==_seeds(range(5, 7), 2)==_seeds(5, 2)==[5, 6]
+    for steps, strength in ((10, -1), (10, 2), (10, '.5'), (2.5, .5), (True, .5)):
+        with pytest.raises(ValueError, match='expected'): start_step(steps, strength)
+    for odd in (None, 5, b'x', '', 'a\0b'):
+        with pytest.raises(ValueError, match='expected a folder, got'): as_path(odd, 'a folder')
+    x = torch.zeros(2, 4, 8, 8)
+    assert check_tensor(x, 'x', '(B,4,h,w)') is x and check_tensor(x[0, 0, 0], 'x', '(...)').ndim==1
+    for odd in (x[0], x[:, :3], x.long(), x.bool(), x.cfloat(), x.numpy(), None):
+        with pytest.raises(ValueError, match=r'expected x of shape \(B,4,h,w\) and real numbers, got'): check_tensor(odd, 'x', '(B,4,h,w)')
+
+def test_pictures_are_read_to_their_end_in_one_place(tmp_path):
+    import io
+    import numpy as np
+    from PIL import Image
+    from sdlearn.core import as_rgb
+    from sdlearn.pipeline import as_mask
+    im = Image.effect_noise((64, 64), 90).convert('RGB')
+    im.save(tmp_path/'a.png')
+    with Image.open(tmp_path/'a.png') as closed: pass
+    half = Image.open(io.BytesIO((tmp_path/'a.png').read_bytes()[:2000]))
+    for door in (as_rgb, as_mask):
+        for odd in (closed, half):
+            with pytest.raises(ValueError, match='to its end'): door(odd)
+        for odd in (None, 'a.png', np.zeros((8, 8))):
+            with pytest.raises(ValueError, match='expected a PIL image, got'): door(odd)
+    deep = Image.fromarray(np.array([[7, 40000]], np.uint16))
+    deep.info['transparency'] = 7                                           # a grey that stands for no colour
+    assert [as_rgb(deep).getpixel((i, 0))[0] for i in (0, 1)]==[255, 156]
+    assert as_rgb(Image.new('LA', (2, 2), (9, 0)).convert('La')).getpixel((0, 0))==(255, 255, 255)
+    hole = np.zeros((16, 16), np.uint16)
+    hole[3:5] = 1                                                           # 16 bits, of zeros and ones
+    assert np.array_equal(np.asarray(as_mask(Image.fromarray(hole)))>0, hole>0)
+
+def test_looking_at_attention_disturbs_nobody():
+    import threading
+    from sdlearn import load_sd
+    from sdlearn.attention import attention_maps, attention_patterns
+    from sdlearn.text import embed_prompts
+    from sdlearn.tokenizer import tokenize
+    sd = load_sd(networks='own')
+    def look(i):
+        words, x = ['a cat', 'a red dog', 'an owl'][i], torch.full((1, 4, 4, 4), float(i))
+        return [attention_patterns(sd.text_encoder, tokenize(sd.tokenizer, words)),
+                *attention_maps(sd.unet, x, 500, embed_prompts(sd.tokenizer, sd.text_encoder, words)).values()]
+    alone, together = [look(i) for i in range(3)], [[] for _ in range(3)]
+    def often(i): together[i] += [look(i) for _ in range(8)]
+    threads = [threading.Thread(target=often, args=(i,)) for i in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    for expected, found in zip(alone, together):
+        assert len(found)==8
+        for tries in found: assert_close(tries, expected)
+    for net in (sd.unet, sd.text_encoder):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+def changed(folder, name, text): # pocket, by links, with one file of other content
+    from sdlearn.load import pocket_path
+    for f in pocket_path().rglob('*'):
+        to = folder/f.relative_to(pocket_path())
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if f.is_file() and str(f.relative_to(pocket_path()))!=name: os.symlink(f, to)
+    (folder/name).write_text(text((pocket_path()/name).read_text(encoding='utf8')), encoding='utf8')
+    return folder
+
+def says(**kw): return lambda text: json.dumps(json.loads(text)|kw)
+
+@pytest.mark.parametrize('name, text, words', [
+    ('unet/config.json', says(norm_num_groups=7), '7 heads or groups'), ('unet/config.json', says(attention_head_dim=3), '3 heads or groups'),
+    ('text_encoder/config.json', says(num_attention_heads=3), '3 heads or groups'), ('unet/config.json', says(layers_per_block=True), 'layers_per_block=True'),
+    ('unet/config.json', says(sample_size='16'), "sample_size='16'"), ('unet/config.json', says(block_out_channels=[64, 128, 176.]), 'block_out_channels'),
+    ('unet/config.json', says(layers_per_block=2), 'arrays differ, e.g.'), ('vae/config.json', says(scaling_factor=0), 'scaling_factor=0'),
+    ('vae/config.json', says(scaling_factor=float('nan')), 'NaN is no number'), ('scheduler/scheduler_config.json', says(_guidance_scale='x'), "'x'"),
+    ('scheduler/scheduler_config.json', says(set_alpha_to_one='yes'), "set_alpha_to_one='yes'"),
+    ('tokenizer/vocab.json', says(**{'cat</w>': 1929}), 'different tokenizers'), ('tokenizer/vocab.json', says(**{'cat</w>': '2368'}), 'different tokenizers'),
+    ('tokenizer/merges.txt', lambda text: text+'i n\n', 'different tokenizers'),
+    ('tokenizer/tokenizer_config.json', says(added_tokens_decoder={'49408': dict(content='<new>')}), '49408 tokens'),
+    ('tokenizer/tokenizer_config.json', says(added_tokens_decoder=5), 'something else in them')])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name, text, words):
+    from sdlearn.load import load_sd
+    with pytest.raises(ValueError, match=re.escape(words)) as e: load_sd(changed(tmp_path/'a', name, text), networks='own')
+    assert 'expected' in str(e.value) and str(e.value).count('\n')==0
+
+def test_a_checkpoint_that_does_not_say_its_side(tmp_path):
+    from sdlearn.load import load_sd
+    from sdlearn.pipeline import native_size
+    for i, (side, pixels) in enumerate(((None, 512), ([16, 24], 192), (8, 64))):
+        sd = load_sd(changed(tmp_path/str(i), 'unet/config.json', says(sample_size=side)), networks='own')
+        assert native_size(sd)==pixels and f'{pixels} pixels' in repr(sd)
+
+def test_what_steps_and_asks_is_checked_at_the_door(tmp_path):
+    from sdlearn import load_sd, txt2img
+    sd = load_sd(networks='own')
+    how = dict(num_inference_steps=2, seed=1, height=16, width=16, progress=False, sampler='euler')
+    def nothing(x, sigma, t): return 0*x
+    for odd in (0, '', [], 'euler'):
+        with pytest.raises(ValueError, match='expected an eps_fn'): txt2img(sd, eps_fn=odd, **how)
+        if odd!='euler':
+            with pytest.raises(ValueError, match='expected an on_step'): txt2img(sd, 'a cat', on_step=odd, **how)
+    for odd in (torch.zeros(1, 4, 2, 2, dtype=torch.long), torch.zeros(1, 4, 2, 2, dtype=torch.cfloat), torch.zeros(1, 4, 2, 2)>0):
+        with pytest.raises(ValueError, match='expected eps_fn to return'): txt2img(sd, eps_fn=lambda x, sigma, t: odd, **how)
+    for odd in (None, 5., torch.zeros(1, 2, 2, 2), torch.zeros(2, 4, 2, 2)):
+        def steer(step): step.x_next = odd
+        with pytest.raises(ValueError, match='expected step.x_next'): txt2img(sd, eps_fn=nothing, on_step=steer, **how)
+    with pytest.raises(ValueError, match='negative prompt'): txt2img(sd, 'a cat', 5, guidance_scale=1, **how)
+    with pytest.raises(ValueError, match='guidance_scale'): txt2img(sd, 'a cat', guidance_scale=torch.tensor([1., 2.]), **how)
+    plan = make_plan('euler', 4)
+    for odd in (True, '1', 1.5, None, -1, 4):
+        with pytest.raises(ValueError, match='from 0 to 3'): plan.after(odd)
+    for odd in (torch.zeros(1, 4, 4, 4), torch.zeros(2, 4, 2, 2), torch.zeros(4, 2, 2), 5):
+        with pytest.raises(ValueError, match='expected'): plan.start(torch.zeros(1, 4, 2, 2), odd)
+    for odd in ({}, None, 'sd'):
+        with pytest.raises(ValueError, match='expected a Schedule'): make_plan('euler', 4, odd)
+    for dtype in ('float16', torch.int8, torch.complex64, None):
+        with pytest.raises(ValueError, match='expected a dtype'): load_sd(dtype=dtype, networks='own')
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
+    from sdlearn import load_sd
+    sd = load_sd(networks='own')
+    (tmp_path/'file').write_text('x')
+    for to in (tmp_path/'file'/'x', tmp_path/('x'*300)):
+        with pytest.raises(OSError, match='expected to be able to write'): sd.save(to)
+    for to in (None, '', b'x', '\0'):
+        with pytest.raises(ValueError, match='expected a folder, got'): sd.save(to)
+    (tmp_path/'real').mkdir()
+    os.symlink(tmp_path/'real', tmp_path/'link')
+    assert load_sd(sd.save(tmp_path/'link'), networks='own').path==tmp_path/'real' and (tmp_path/'link').is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir())==['file', 'link', 'real']
+
+def test_the_command_keeps_pictures_apart_from_the_film(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    from sdlearn.cli import main
+    monkeypatch.chdir(tmp_path)
+    small = ['--steps', '1', '--height', '16', '--width', '16']
+    def refused(*args):
+        assert main([*args])==1
+        return capsys.readouterr().err
+    assert 'another file for the film' in refused('a', *small, '--n', '2', '-o', 'q.webp', '--gif', 'q-1.webp')
+    for option in ('--image', '--mask', '--gif', '--device', '--model', '--again', '-o'):
+        assert "a name behind" in refused('a', *small, option, '')
+    for said in (dict(seed='x'), dict(seed=True), dict(n='2'), dict(sampler=['euler']), dict(model=5), dict(image=[]), dict(guidance_scale=[1])):
+        note = PngInfo()
+        note.add_text('sdlearn', json.dumps(dict(prompt='a')|said))
+        Image.new('RGB', (16, 16)).save('p.png', pnginfo=note)
+        assert 'expected p.png to say what' in refused('--again', 'p.png', '-o', 'n.png')
+    assert not (tmp_path/'n.png').exists()
+
+def test_diffusers_own_infinity_is_read(tmp_path):
+    from sdlearn.load import load_sd
+    assert load_sd(changed(tmp_path/'a', 'scheduler/scheduler_config.json', says(lambda_min_clipped=-math.inf)), networks='own').guidance_scale==3

@@ -50,6 +50,8 @@ _names = dict(prompt='prompt', negative_prompt='negative', num_inference_steps='
               guidance_scale='guidance', seed='seed', sampler='sampler', strength='strength',
               height='height', width='width', n='n', model='model', image='image', mask='mask')
 
+_are_names = 'output', 'gif', 'image', 'mask', 'again', 'model', 'device', 'sampler'
+
 def _lies(name, path): # where a file lies whose name a picture remembers: beside it, or here
     places = [Path(path).parent/name, Path(name)]
     if found := next((str(p) for p in places if p.is_file()), None): return found
@@ -81,8 +83,9 @@ def parse(
 )->argparse.Namespace:
     "What is asked: what is given, else what --again finds in a picture, else the usual"
     given = vars(parser().parse_args(argv))
-    if empty := [k for k, v in given.items() if v=='' and k not in ('prompt', 'negative')]:
-        raise ValueError(f"expected something behind --{empty[0]}, got nothing")
+    names = {k: v for k, v in given.items() if isinstance(v, str) and k in _are_names}
+    if odd := [k for k, v in names.items() if not v or '\0' in v]:
+        raise ValueError(f"expected a name behind --{odd[0]}, got {names[odd[0]]!r}")
     before = _as_before(given['again'], given) if 'again' in given else {}
     return argparse.Namespace(**_usual|before|given)
 

@@ -83,8 +83,8 @@ def _fits(value, usual):
     return isinstance(value, number) and not isinstance(value, bool) and 0<value<math.inf
 
 def _is_side(value): # of the pictures: a number, height and width, or not said
-    sides = value if isinstance(value, (list, tuple)) else (value,)
-    return value is None or len(sides) in (1, 2) and all(_fits(v, 1) for v in sides)
+    sides = value if isinstance(value, (list, tuple)) else (value, value)
+    return value is None or len(sides)==2 and all(_fits(v, 1) for v in sides)
 
 def read_config(
     config,       # The content of a config.json, or what this function gave before

@@ -68,7 +68,6 @@ def noise_predictor(
                          f"got {tuple(text_embeddings.shape)}")
     uncond, text = text_embeddings.chunk(2)
     scale = check_scale(scale)
-    if isinstance(scale, Tensor): raise ValueError(f"expected one guidance_scale, got {scale}")
     def ask(x, sigma, t, words):
         x_in = scale_input(x, sigma)
         said = predict_noise(unet, x_in.to(text.dtype), t, words).to(x.dtype)

@@ -27,8 +27,10 @@ def read_json(
 )->dict:        # Nothing in it when it is not there
     "Settings out of a file, or a sentence"
     if not file.exists(): return {}
-    def no_number(word): raise ValueError(f"{word} is no number")
-    try: said = json.loads(file.read_text(encoding='utf-8-sig'), parse_constant=no_number)
+    def constant(word): # diffusers writes -Infinity
+        if word=='NaN': raise ValueError("NaN is no number")
+        return float(word)
+    try: said = json.loads(file.read_text(encoding='utf-8-sig'), parse_constant=constant)
     except UnicodeDecodeError: raise ValueError(f"expected JSON in {file}, in UTF-8") from None
     except (OSError, ValueError) as e:
         raise ValueError(f"expected JSON in {file}, but {getattr(e, 'strerror', 0) or e}") from None
@@ -142,8 +144,8 @@ def _download(name, variant):
     except Exception: wanted = None     # not connected: what was fetched before
     try: folder = snapshot_download(name, allow_patterns=wanted, local_files_only=wanted is None)
     except Exception as e:
-        raise OSError(f"expected to find {name[:99]!r} in the local cache or on the hub, but it could "
-                      f"not be fetched ({type(e).__name__}). Connect to the internet once, check "
+        raise OSError(f"expected to find {name[:99]!r} in the local cache or on the hub, but it "
+                      f"could not be fetched ({type(e).__name__}). Connect to the internet once, check "
                       "the spelling, or leave the name out: pocket needs no download.") from None
     return check_folder(folder, variant)
 

@@ -16,13 +16,14 @@ from .core import check_number, check_tensor, real, whole
 
 # %% ../nbs/36_guidance.ipynb #4bfa5b10
 def check_scale(
-    # What somebody asked for; a tensor of several passes, reading it would make a GPU wait
-    scale,
+    scale,                             # What somebody asked for
     name:str='guidance_scale',         # For the message
     cure:str='1 is off, 7.5 is usual', # For the message
+    # A tensor of several passes; it is not read, which would make a GPU wait
+    several:bool=False,
 ):
     "One place for the complaint about scales; gives the scale back"
-    if isinstance(scale, Tensor) and scale.ndim: return scale
+    if several and isinstance(scale, Tensor) and scale.ndim: return scale
     number = real(scale)
     if number is None or number<0:
         raise ValueError(f"expected a finite {name} of 0 or more, got {scale!r}; {cure}.")
@@ -52,7 +53,8 @@ def cfg(
         raise ValueError("expected two noise predictions of one shape, "
                          f"got {tuple(noise_pred_uncond.shape)} and "
                          f"{tuple(noise_pred_text.shape)}. Predict both for the same x.")
-    return noise_pred_uncond+check_scale(guidance_scale)*(noise_pred_text-noise_pred_uncond)
+    scale = check_scale(guidance_scale, several=True)
+    return noise_pred_uncond+scale*(noise_pred_text-noise_pred_uncond)
 
 # %% ../nbs/36_guidance.ipynb #7f26a2ab
 def blue_loss(
@@ -112,9 +114,9 @@ def check_loss(
         raise ValueError(f"expected a loss with a gradient, got {type(loss).__name__} without one. "
                          "Stay in torch all the way from the pictures: "
                          "no PIL, numpy, .item(), .detach() or torch.no_grad().")
-    if loss.ndim:
-        raise ValueError("expected one number from the loss, "
-                         f"got a tensor of shape {tuple(loss.shape)}. End it with .mean().")
+    if loss.ndim or not loss.is_floating_point():
+        raise ValueError("expected one number from the loss, got a tensor of shape "
+                         f"{tuple(loss.shape)} and {loss.dtype}. End it with .mean().")
     if not torch.isfinite(loss):
         raise ValueError(f"expected a finite loss, got {loss.item()} at sigma={sigma:.4f}. "
                          "Look at the latents there, or lower the scale.")

@@ -71,7 +71,7 @@ def save_picture(
         raise ValueError("expected a PIL image and its settings in a dict, got "
                          f"{type(im).__name__} and {type(info).__name__}")
     try: ours = json.dumps(info)           # ASCII: EXIF's description knows nothing else
-    except TypeError as e: raise ValueError(f"expected numbers and text, but: {e}") from None
+    except TypeError: raise ValueError(f"expected numbers and text, got {info!r:.200}") from None
     notes = _notes(path, ours, infotext(info, im.size))
     whole_file(path, lambda part: im.save(part, **notes))
 

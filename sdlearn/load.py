@@ -279,7 +279,7 @@ def save_sd(
 )->Path:     # The folder
     "Write a checkpoint whole or not at all, in diffusers' layout, without a path of this machine"
     folder = Path(os.path.realpath(as_path(folder, 'a folder')))    # where a link leads
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"expected a folder that does not exist yet, got {str(folder)!r}. "
                          "Choose another name, or delete it first.")
     part = folder.with_name(f'.{folder.name}.{os.getpid()}')

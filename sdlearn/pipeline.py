@@ -129,7 +129,7 @@ def _prompts(prompt, eps_fn, seed, **asked): # one string per picture
         if isinstance(prompt, str): return [prompt]
         raise ValueError(f"expected a prompt or a list of them, got {prompt!r}")
     if not callable(eps_fn):
-        raise ValueError(f"expected an eps_fn(x, sigma, t), got {eps_fn!r}")
+        raise ValueError(f"expected an eps_fn(x, sigma, t), got {type(eps_fn).__name__}")
     if said := [k for k, v in dict(prompt=prompt, **asked).items() if v is not None]:
         raise ValueError("expected an eps_fn alone, which has its prompt and guidance inside, "
                          f"got {', '.join(said)} as well")
@@ -148,7 +148,7 @@ def _ask(sd, prompts, eps_fn, negative_prompt, guidance_scale, guidance_interval
     return noise_predictor(sd, emb, guidance_scale, guidance_interval)
 
 def _finish(sd, steps, on_step): # -> PIL images
-    if not callable(on_step or str):
+    if on_step is not None and not callable(on_step):
         raise ValueError(f"expected an on_step(step), got {on_step!r}")
     for step in steps:
         if on_step: on_step(step)

@@ -55,6 +55,11 @@ def check_scheduler(
     if on := [k for k in tied if scheduler.config.get(k)]:
         raise ValueError(f"expected a scheduler for latents, got {name} with {', '.join(on)} on. "
                          f"Switch it off: {', '.join(f'{k}=False' for k in on)}.")
+    asks = [p.name for p in inspect.signature(scheduler.step).parameters.values()
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][3:]
+    if asks:
+        raise ValueError("expected a scheduler that steps with noise, timestep and latents, got "
+                         f"{name}, which asks for {', '.join(asks)} too")
     kind = scheduler.config.get('prediction_type', 'epsilon')
     if kind!=schedule.prediction_type:
         raise ValueError(f"expected prediction_type {schedule.prediction_type!r} as the checkpoint "

@@ -188,7 +188,8 @@ def train_steps(
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
     params, here = _named(params), _here()
     n, seed, lr = _check_training(n, seed, lr, mixed_precision)
-    ema = check_number(ema, 'ema', 0, math.nextafter(1, 0))
+    if real(ema) is None or not 0<=ema<1:
+        raise ValueError(f"expected ema from 0 to below 1, got {ema}")
     warmup = check_number(warmup, 'warmup', 0)
     weight_decay = check_number(weight_decay, 'weight_decay', 0)
     if not callable(loss_fn): raise ValueError(f"expected a loss_fn, got {loss_fn!r}")
@@ -277,7 +278,7 @@ def _go_on(path, mark, n): # the saved state, when it is of this training; its l
     if odd := [f"{k} was {said.get(k)!r} and is {v!r}" for k, v in mark.items() if said.get(k)!=v]:
         raise ValueError(f"expected {path} to hold a state of this training, got another: "
                          f"{'; '.join(odd)}. Delete it, or choose another path.")
-    if lost := {'step', 'losses', 'buffers'}-{*state}:
+    if lost := {'step', 'losses', 'buffers', 'averaged'}-{*state}:
         raise ValueError(f"expected {path} to hold a whole state, {', '.join(sorted(lost))} is "
                          "missing. Delete it, or choose another path.")
     if state['step']>n:
