@@ -2261,4 +2261,4 @@ def test_the_command_keeps_pictures_apart_from_the_film(tmp_path, monkeypatch, c
 
 def test_diffusers_own_infinity_is_read(tmp_path):
     from sdlearn.load import load_sd
-    assert load_sd(changed(tmp_path/'a', 'scheduler/scheduler_config.json', says(lambda_min_clipped=-math.inf)), networks='own').guidance_scale==3
+    assert load_sd(changed(tmp_path/'a', 'scheduler/scheduler_config.json', says(lambda_min_clipped=-math.inf)), networks="own").guidance_scale==4

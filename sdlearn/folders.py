@@ -145,7 +145,7 @@ def _download(name, variant):
     try: folder = snapshot_download(name, allow_patterns=wanted, local_files_only=wanted is None)
     except Exception as e:
         raise OSError(f"expected to find {name[:99]!r} in the local cache or on the hub, but it "
-                      f"could not be fetched ({type(e).__name__}). Connect to the internet once, check "
+                      f"could not be fetched ({type(e).__name__}). Connect once, check "
                       "the spelling, or leave the name out: pocket needs no download.") from None
     return check_folder(folder, variant)
 

@@ -16,7 +16,7 @@ from ..core import as_rgb, images_to_tensor, noise_like, whole, whole_file
 from ..denoiser import noise_loss, predict_noise
 from ..schedule import random_timesteps, sigma_at
 from ..text import add_positions, get_output_embeds, get_token_embeds, text_core
-from ..tokenizer import (Tokenizer, all_ids, check_tokenizer, clean_text, read_weights,
+from ..tokenizer import (Tokenizer, all_ids, check_tokenizer, clean_text,
                                tokenize, word_id)
 from ..train import fit
 from ..vae import encode
