@@ -160,7 +160,8 @@ def usable_device(
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
         reason = str(e).split('\n')[0].split('Expected one of')[0].rstrip('. ')
         raise ValueError(f"expected a device that this machine has and that knows {dtype}, got "
-                         f"{str(device)!r}{reason and ': '+reason}. 'cpu' is always there.") from None
+                         f"{str(device)!r}{': '*bool(reason)}{reason}. "
+                         "'cpu' is always there.") from None
     if there.type!='meta': return there
     raise ValueError("expected a device that keeps numbers, got 'meta', which has only shapes")
 
