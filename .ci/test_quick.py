@@ -1866,7 +1866,9 @@ def test_lora_names_are_those_of_diffusers():
     for both in ((theirs, nets['unet']), (text, nets['text_encoder'])):
         for net in both: put_lora(net, 2)
     one, two = lora_pairs(unet=theirs, text_encoder=text), lora_pairs(**nets)
-    assert {*one}=={*two} and all(one[k].down.shape==two[k].down.shape for k in one)
+    assert {*one}=={*two} and all(torch.equal(one[k].down, two[k].down) for k in one)     # also where they start
+    other = put_lora(lora_nets()['unet'], 2, seed=1)[f'{mid}.to_q'].down.weight
+    assert other.std()>.1 and not torch.equal(other, two[f'unet.{mid}.to_q'].down)
 
 @pytest.mark.parametrize('harm, words', [
     (lambda a: {k: v.repeat(1, 2) if 'down' in k and v.ndim==2 else v for k, v in a.items()}, f'has .*{mid}.to_q .*another one'),

@@ -6,7 +6,7 @@
 __all__ = ['attention_names', 'LowRank', 'full_change', 'lora_layers', 'put_lora', 'Pair', 'lora_pairs', 'take_lora', 'lora_loss',
            'learn_lora', 'merge_lora', 'save_lora', 'read_lora']
 
-# %% ../../nbs/41_lora.ipynb #3bc2b6c3
+# %% ../../nbs/41_lora.ipynb #1da9499d
 import json, re, warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
 from ..train import fit
 from ..unet import predict_noise
 
-# %% ../../nbs/41_lora.ipynb #d326bfce
+# %% ../../nbs/41_lora.ipynb #14252e7c
 class LowRank(nn.Module):
     "layer(x) + scale*alpha/rank * up(down(x)) (Hu et al. 2021, eq. 3)"
     def __init__(self,
@@ -65,7 +65,7 @@ def _thin(layer, rank, generator): # down and up
     nn.init.zeros_(up.weight)
     return down, up
 
-# %% ../../nbs/41_lora.ipynb #048b4454
+# %% ../../nbs/41_lora.ipynb #8c54050e
 attention_names = ('to_q', 'to_k', 'to_v', 'to_out.0',            # in the UNet
                    'q_proj', 'k_proj', 'v_proj', 'out_proj')      # in the text encoder
 
@@ -113,7 +113,7 @@ def put_lora(
     for name, module in low.items(): _put(network, name, module)
     return low
 
-# %% ../../nbs/41_lora.ipynb #9be91f41
+# %% ../../nbs/41_lora.ipynb #6a38d7ed
 @dataclass
 class Pair:
     "What a LoRA says about one layer"
@@ -147,7 +147,7 @@ def take_lora(
         if isinstance(m, LowRank): _put(network, name, m.layer)
     return network
 
-# %% ../../nbs/41_lora.ipynb #1277eb10
+# %% ../../nbs/41_lora.ipynb #fcb48e64
 def lora_loss(
     latents:Tensor,            # (N,4,h,w) the pictures, encoded once
     words:Tensor,              # (N,77,D) their captions, embedded once; or (1,77,D) for all
@@ -184,7 +184,7 @@ def learn_lora(
     path=None,                # State file: resumed from when it exists
     rank:int=4,               # Of every change
     alpha:float=None,         # Strength, divided by the rank; None: the rank
-    # lr, seed, warmup, ema, preview, progress ...: as in `fit`. 6e-3 suits pocket, SD v1 wants 1e-4
+    # lr, seed, warmup, ema, preview, progress ...: as in `fit`. 4e-3 suits pocket, SD v1 wants 1e-4
     **settings,
 )->dict:                      # 'unet.<name of a layer>' -> `Pair`
     "Train low-rank changes of the attention layers, and nothing else"
@@ -193,13 +193,13 @@ def learn_lora(
     # what is told here is compared when a run is resumed
     def loss(net, g, told=(rank, alpha)): return loss_fn(net, g)
     try:
-        fit(unet, loss, steps, path, **dict(lr=6e-3, warmup=10, ema=.97)|settings)
+        fit(unet, loss, steps, path, **dict(lr=4e-3, warmup=10, ema=.97)|settings)
         return lora_pairs(unet=unet)
     finally:
         take_lora(unet)
         for k, p in unet.named_parameters(): p.requires_grad_(frozen[k])
 
-# %% ../../nbs/41_lora.ipynb #7b64722a
+# %% ../../nbs/41_lora.ipynb #e6688707
 @torch.no_grad()
 def merge_lora(
     pairs:dict,     # 'unet.<name of a layer>' -> `Pair`
@@ -236,7 +236,7 @@ def _table(networks): # place -> name and layer
             for piece, net in networks.items() if net is not None
             for name, layer in _layers(net).items()}
 
-# %% ../../nbs/41_lora.ipynb #fe0c6d3a
+# %% ../../nbs/41_lora.ipynb #84ff638a
 def _diffusers_name(key): # 'unet.x' stays; transformers 4's name of a text layer is read by all
     return re.sub(r'^text_encoder\.', 'text_encoder.text_model.', key)
 
@@ -284,7 +284,7 @@ def _safetensors(file):
     raise ValueError(f"expected a .safetensors file, got {file.name!r}: other kinds (.pt, .bin, "
                      ".ckpt) are pickles, which can run code when they are opened.")
 
-# %% ../../nbs/41_lora.ipynb #85014b5b
+# %% ../../nbs/41_lora.ipynb #009854e6
 _spellings = ('.processor.', '.'), ('.default.', '.'), ('.lora_linear_layer.', '.lora.'), \
              ('_lora.', '.lora.'), ('.lora.', '.lora_'), ('lora_A', 'lora_down'), \
              ('lora_B', 'lora_up')
