@@ -1914,6 +1914,10 @@ def word_table(sd):
     from sdlearn.text import text_core
     return text_core(sd.text_encoder).embeddings.token_embedding
 
+def table_size_said(sd):
+    config = sd.text_encoder.config
+    return config['vocab_size'] if isinstance(config, dict) else config.vocab_size
+
 def some_words():
     g = torch.Generator().manual_seed(0)
     return {'<tiny>': torch.randn(3, 128, generator=g)*.2, '<lines>': torch.randn(1, 128, generator=g)*.2}
@@ -1952,6 +1956,8 @@ def test_rows_beyond_the_table_mean_what_they_are_given(bundles):
                            embed_prompts(sd.tokenizer, sd.text_encoder, 'a fox and a deer'))
         word_embeds(sd.text_encoder, ids, rows).sum().backward()
         assert torch.equal(rows.grad, torch.ones(2, 128))
+        for bad in (ids.clamp(max=49407), ids+1):           # a word that is in the table already; none of ours
+            with pytest.raises(ValueError, match='ids of new words'): word_embeds(sd.text_encoder, bad, rows)
 
 @pytest.mark.parametrize('kind', ['own', 'diffusers'])
 def test_words_are_put_in_and_taken_out(bundles, kind, tmp_path):
@@ -1964,14 +1970,14 @@ def test_words_are_put_in_and_taken_out(bundles, kind, tmp_path):
     assert sd.load_word(save_word(tmp_path/'2.safetensors', '<tiny>', words['<tiny>']), '<huge>') is sd
     assert len(sd.tokenizer)==len(word_table(sd).weight)==word_table(sd).num_embeddings==49415
     assert torch.equal(word_table(sd).weight, torch.cat([table, *words.values(), words['<tiny>']]))
+    assert table_size_said(sd)==49415
     both = embed_prompts(sd.tokenizer, sd.text_encoder, ['a <tiny> here', 'a <huge> here'])
     assert torch.equal(*both) and not word_table(sd).weight.requires_grad
     with pytest.raises(ValueError, match='knows already'): sd.load_word(tmp_path/'0.safetensors')
     assert len(sd.tokenizer)==49415                         # nothing half done
     sd.unload()
     assert sd.tokenizer is tokenizer and torch.equal(word_table(sd).weight, table)
-    config = sd.text_encoder.config
-    assert (config['vocab_size'] if isinstance(config, dict) else config.vocab_size)==49408
+    assert table_size_said(sd)==49408
 
 @pytest.mark.parametrize('kind', ['own', 'diffusers'])
 def test_a_checkpoint_is_saved_with_its_words(bundles, kind, tmp_path):
