@@ -1570,12 +1570,13 @@ def test_a_pixel_judge_forgives_size_and_mirror_where_it_may():
 
 def test_specks_are_counted_in_the_bottom_left_corner():
     from sdlearn.pocket.evaluate import specks
-    x = torch.zeros(4, 3, 128, 128)
-    back = x.clone()
-    for i, (row, col) in enumerate(((105, 22), (103, 22), (105, 25), (105, 22))): back[i, 1, row, col] = -.4
-    back[3] *= .7                       # .28 is none
-    assert specks(x, back).tolist()==[True, False, False, False]
-    assert specks(x, back, limit=.25).tolist()==[True, False, False, True]
+    spots = ((107, 20), (105, 20), (107, 22), (126, 20), (107, 1), (107, 20))
+    x = torch.zeros(6, 3, 128, 128)
+    back = x+.3                         # lighter all over is no speck
+    for i, (row, col) in enumerate(spots): back[i, 1, row, col] -= .4
+    back[5] *= .4                       # .16 is a faint one
+    assert specks(x, back).tolist()==[True]+[False]*5
+    assert specks(x, back, limit=.1).tolist()==[True]+[False]*4+[True]
 
 def test_variety_is_the_mean_distance_of_pairs():
     from PIL import Image
@@ -1609,13 +1610,13 @@ def test_the_card_says_the_numbers_of_its_file(tmp_path):
     row = dict(n=100, clip=.9, true_clip=.95)
     metrics = dict(settings=dict(steps=7), shares={'style, held out': row}, steps={},
                    guidance={'4': dict(n=3, subject=.75, score=.5, variety=.9)},
-                   variety=dict(n=6, drawn=.2, true=.4, ratio=.5), vae=dict(n=8, psnr=26.5, error=.4, specks=3, grounds=9))
+                   variety=dict(n=6, drawn=.2, true=.4, ratio=.5), vae=dict(n=8, psnr=26.5, error=.4, specks=3, faint=2, grounds=9))
     update_facts(tmp_path, subjects=12, failures=['torn'], training=['one run'], metrics=metrics)
     write_card(tmp_path)
     card = (tmp_path/'README.md').read_text(encoding='utf8')
     assert card.startswith('---\nlicense: apache-2.0\n') and card.split('---\n')[1].endswith('- cpu\n')
     assert '| style, held out | 100 | 0.900 ± 0.030 | 0.950 ± 0.022 |  |  |' in card
-    for words in ('26.5 ± 0.4 dB on 8', '3 of 9', '| 4 | 3 | 0.75 | 0.5 | 0.9 |', '- torn', '- one run', 'steps 7'):
+    for words in ('26.5 ± 0.4 dB on 8', '3 of 9', 'in 2 more', '| 4 | 3 | 0.75 | 0.5 | 0.9 |', '- torn', '- one run', 'steps 7'):
         assert ' '.join(words.split()) in ' '.join(card.split()), words
     update_facts(tmp_path, subjects=13)
     assert facts(tmp_path)['subjects']==13 and facts(tmp_path)['metrics']==metrics

@@ -108,9 +108,10 @@ def _rest(m): # of what was measured
     return '\n\n'.join([
         f"Variety between seeds is {v['ratio']} of that between the renderer's designs and views "
         f"({v['n']} pictures; root mean square {v['drawn']} and {v['true']}, black to white is 2).",
-        f"Autoencoder: PSNR {vae['psnr']} ± {vae['error']} dB on {vae['n']} new scenes; "
-        f"a speck (a pixel off by more than .3, black to white is 2) in the empty bottom left "
-        f"corner of {vae['specks']} of {vae['grounds']} coloured grounds.",
+        f"Autoencoder: PSNR {vae['psnr']} ± {vae['error']} dB on {vae['n']} new scenes. "
+        f"Specks in the empty bottom left corner of coloured grounds: {vae['specks']} of "
+        f"{vae['grounds']} (off by more than .2, black to white is 2), faint ones (.1 to .2) in "
+        f"{vae['faint']} more.",
         _columns('guidance', guided, n='pictures', subject='subject, top-1 by CLIP',
                  score='cosine to the words', variety='variety'),
         _columns('steps', steps, n='pictures', rms='distance to 50 steps',
