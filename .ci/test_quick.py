@@ -2271,3 +2271,26 @@ def test_the_command_keeps_pictures_apart_from_the_film(tmp_path, monkeypatch, c
 def test_diffusers_own_infinity_is_read(tmp_path):
     from sdlearn.load import load_sd
     assert load_sd(changed(tmp_path/'a', 'scheduler/scheduler_config.json', says(lambda_min_clipped=-math.inf)), networks="own").guidance_scale==4
+
+def test_the_model_and_the_true_pictures_are_not_mixed_up(monkeypatch):
+    from types import SimpleNamespace
+    from PIL import Image
+    from sdlearn.pocket import evaluate as rulers
+    sd = SimpleNamespace(path=None)
+    asked = []
+    def nothing(sd, prompts, seed, progress, **kw):
+        asked.append((len(prompts), seed, kw))
+        return [Image.new('RGB', (128, 128)) for _ in prompts]
+    monkeypatch.setattr(rulers, 'txt2img', nothing)
+    rows, images, right = rulers.evaluate_kind(sd, 'background', 10, held=True, guidance_scale=3)
+    row = rows['background']
+    assert row['n']==10==len(images)==len(right) and max(row['clip'], row['pixels'])<.4<.8<row['true_clip']
+    assert asked==[(8, 0, dict(guidance_scale=3)), (2, 8, dict(guidance_scale=3))]
+    varied, _ = rulers.evaluate_variety(sd, ['fox', 'otter'], seeds=2)
+    assert varied['drawn']==varied['ratio']==0<varied['true']
+    asked.clear()
+    rows, _ = rulers.evaluate_guidance(sd, ['fox'], (0, 7.5), num_inference_steps=3)
+    assert [a[2]['guidance_scale'] for a in asked]==[0, 7.5] and [*rows]==['0', '7.5']
+    asked.clear()
+    assert rulers.evaluate_steps(sd, ['fox'], (4, 10))['4']['rms']==0
+    assert [a[2]['num_inference_steps'] for a in asked]==[50, 4, 10]
