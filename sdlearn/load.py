@@ -270,7 +270,7 @@ def _write_notes(sd, folder): # the solver that was there, with the schedule as 
 def _copy_rest(sd, folder): # vocabulary, and pocket's image encoder and facts
     home = sd.path if sd.path.is_dir() else pocket_path()
     shutil.copytree(home/'tokenizer', folder/'tokenizer')
-    if sd.tokenizer: write_words(sd.tokenizer, folder/'tokenizer') # a recipe has none
+    if sd.tokenizer is not None: write_words(sd.tokenizer, folder/'tokenizer') # a recipe has none
     if (sd.path/'clip').is_dir(): shutil.copytree(sd.path/'clip', folder/'clip')
     if (sd.path/'pocket.json').is_file(): shutil.copy(sd.path/'pocket.json', folder)
 
