@@ -2294,3 +2294,14 @@ def test_the_model_and_the_true_pictures_are_not_mixed_up(monkeypatch):
     asked.clear()
     assert rulers.evaluate_steps(sd, ['fox'], (4, 10))['4']['rms']==0
     assert [a[2]['num_inference_steps'] for a in asked]==[50, 4, 10]
+
+def test_a_fingerprint_is_the_same_in_a_cell_and_in_a_module():
+    from sdlearn.train import fingerprint
+    body = 'def loss(net, g): return torch.where(torch.rand(3, generator=g)<.5, 0, 1)+net(2)'
+    cell, module = dict(torch=torch), {}
+    exec(compile(body, 'cell', 'exec'), cell)                      # names were imported in another cell
+    exec(compile('import torch\n'+body, 'module', 'exec'), module)
+    assert fingerprint(cell['loss'])==fingerprint(module['loss'])
+    for other in (body.replace('<.5', '<.6'), body.replace('+net', '-net'), body.replace('rand(', 'randn('), body.replace('<.5', '>.5')):
+        exec(compile('import torch\n'+other, 'module', 'exec'), module)
+        assert fingerprint(cell['loss'])!=fingerprint(module['loss']), other

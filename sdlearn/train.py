@@ -7,7 +7,7 @@ __all__ = ['batch_rng', 'save_state', 'load_state', 'one_writer', 'ema_decay', '
            'fingerprint', 'fit', 'averaged_weights']
 
 # %% ../nbs/91_train.ipynb #08907efe
-import hashlib, math, pickle, struct, time
+import dis, hashlib, math, pickle, struct, time
 from dataclasses import dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -238,9 +238,18 @@ def _tensor_mark(x): # shape, kind, and a sample of the numbers
     some = some.float().numpy() if isinstance(some, torch.Tensor) else np.ascontiguousarray(some)
     return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(some.tobytes()).hexdigest()[:12]}'
 
-def _code_mark(code): # what a function does, without the names of files
+_one = dict(LOAD_METHOD='LOAD_ATTR', CALL_METHOD='CALL', CALL_FUNCTION='CALL')
+_no_work = 'PUSH_NULL', 'PRECALL', 'CACHE', 'RESUME', 'EXTENDED_ARG'
+
+def _does(i): # an instruction; calls of an imported module are compiled in two ways
+    jump = i.opcode in dis.hasjrel or i.opcode in dis.hasjabs
+    said = '' if jump or isinstance(i.argval, CodeType) else i.argrepr
+    return _one.get(i.opname, i.opname), said.split('NULL + ')[-1].split('self + ')[-1]
+
+def _code_mark(code): # what a function does, the same in a notebook's cell and in a module
+    does = [_does(i) for i in dis.get_instructions(code) if i.opname not in _no_work]
     inner = [c if not isinstance(c, CodeType) else _code_mark(c) for c in code.co_consts]
-    return hashlib.sha256(repr((code.co_code, code.co_names, inner)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((does, code.co_names, inner)).encode()).hexdigest()[:12]
 
 def _mark(x, seen=()):
     if isinstance(x, (torch.Tensor, np.ndarray)): return _tensor_mark(x)
