@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 from torch import nn, Tensor
+from ..configs import latent_side
 from ..core import as_rgb, images_to_tensor, noise_like, whole, whole_file
 from ..denoiser import noise_loss, predict_noise
+from ..folders import read_json
 from ..schedule import random_timesteps, sigma_at
 from ..text import add_positions, get_output_embeds, get_token_embeds, text_core
 from ..tokenizer import (Tokenizer, all_ids, check_tokenizer, clean_text,
@@ -233,7 +235,7 @@ def read_words(
 
 # %% ../../nbs/40_inversion.ipynb #714681d8
 def _edit_json(file, change): # file -> what it says, changed
-    said = json.loads(file.read_text(encoding='utf8')) if file.exists() else {}
+    said = read_json(file)
     file.write_text(json.dumps(said|change(said), indent=2)+'\n', encoding='utf8')
 
 def _note(token, **place): # as transformers writes it
@@ -248,7 +250,7 @@ def write_words(
     words = new_words(tokenizer)
     if not words: return
     older, one = folder/'special_tokens_map.json', folder/'tokenizer.json'
-    names = json.loads(older.read_text(encoding='utf8')) if older.exists() else {}
+    names = read_json(older)
     decoder = {str(i): _note(t) for t, i in words.items()}
     _edit_json(folder/'tokenizer_config.json', lambda said: names|dict(
         added_tokens_decoder=said.get('added_tokens_decoder', {})|decoder))
@@ -335,7 +337,7 @@ def moved(
 
 @torch.no_grad()
 def _encoded(sd, pictures): # (P,4,h,w), float32
-    side = sd.unet.config.sample_size*8
+    side = 8*latent_side(sd.unet.config)
     pixels = images_to_tensor([square(p, side) for p in pictures])
     return encode(sd.vae, pixels.to(next(sd.vae.parameters()))).float()
 

@@ -8,7 +8,7 @@ __all__ = ['facts', 'update_facts', 'standard_error', 'model_card', 'write_card'
 # %% ../../nbs/63_card.ipynb #733f93c0
 import json, math
 from pathlib import Path
-from ..load import pocket_path
+from ..folders import pocket_path, read_json
 
 # %% ../../nbs/63_card.ipynb #0581a2f3
 def _folder(path): return Path(path or pocket_path())
@@ -25,7 +25,7 @@ def update_facts(
 ):
     "Change what pocket.json says"
     file = _folder(path)/'pocket.json'
-    known = json.loads(file.read_text(encoding='utf8')) if file.exists() else {}
+    known = read_json(file)
     file.write_text(json.dumps(known|new, indent=1)+'\n', encoding='utf8')
 
 # %% ../../nbs/63_card.ipynb #2b644e65
