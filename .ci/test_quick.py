@@ -21,7 +21,7 @@ rooms = '''configs core folders train tokenizer attention text vae unet schedule
     sample load pipeline
     idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
     pocket.looks pocket.captions pocket.scenes pocket.card
-    pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext cli __main__ bench'''.split()  # from the ground up
+    pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
     "Rooms of this package that a module imports, wherever it does"
