@@ -264,7 +264,8 @@ def words(
     names = [k for k, _ in sd.unet.named_modules() if k.endswith('attn2')]
     spoken = [*dict.fromkeys(text.replace(',', ' ').replace('.', ' ').split())]
     controls = dict(word=_one_of('word', spoken, spoken[-1]),
-                    layer=_one_of('layer', ['all', *names]), step=_whole('step', steps//2, 0, steps-1))
+                    layer=_one_of('layer', ['all', *names]),
+                    step=_whole('step', steps//2, 0, steps-1))
     return explorer(draw, controls, (512, 256), f'Where {spoken[-1]!r} is looked for: {text}')
 
 # %% ../nbs/70_explore.ipynb #26f78e98
