@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sdlearn.explore._one_of': ('explore.html#_one_of', 'sdlearn/explore.py'),
                                  'sdlearn.explore._picture': ('explore.html#_picture', 'sdlearn/explore.py'),
                                  'sdlearn.explore._png': ('explore.html#_png', 'sdlearn/explore.py'),
+                                 'sdlearn.explore._read': ('explore.html#_read', 'sdlearn/explore.py'),
                                  'sdlearn.explore._real': ('explore.html#_real', 'sdlearn/explore.py'),
                                  'sdlearn.explore._shown': ('explore.html#_shown', 'sdlearn/explore.py'),
                                  'sdlearn.explore._start': ('explore.html#_start', 'sdlearn/explore.py'),

@@ -13,11 +13,12 @@ from PIL import Image
 from .attention import attention_maps, token_places, word_map
 from .core import image_grid, as_rgb, images_to_tensor
 from .denoiser import noise_predictor
-from .pipeline import check_inputs, denoise, encode_prompt, native_size
+from .pipeline import check_inputs, denoise, native_size, unseen_words
 from .pipeline import start_step as first_step
 from .sample import make_plan, noise_from, sample, samplers as nine
 from .schedule import scale_input
 from .text import embed_prompts, mix as mixed
+from .tokenizer import all_ids, read_weights
 from .vae import encode, latents_to_pil
 
 # %% ../nbs/70_explore.ipynb #7398917d
@@ -144,6 +145,15 @@ def _one_of(name, options, value=None):
 # %% ../nbs/70_explore.ipynb #5df27d2d
 _rough = 4   # steps of a sketch
 
+def _read(sd, *prompts): # their embeddings, and what there is to say about them
+    most = sd.tokenizer.model_max_length
+    for p in prompts:
+        n = len(all_ids(sd.tokenizer, read_weights(p)[0]))
+        if n>most: raise ValueError(f"expected at most {most-2} tokens, got {n-2}: say it shorter")
+    odd = dict.fromkeys(w for p in prompts for w in unseen_words(sd, p))
+    emb = embed_prompts(sd.tokenizer, sd.text_encoder, list(prompts)).to(sd.dtype)
+    return emb, f"this checkpoint has never seen {', '.join(map(repr, odd))}" if odd else ''
+
 def _start(sd, plan, seeds): # noisy latents, and where more noise comes from
     side = native_size(sd)//8
     noise_fn = noise_from([torch.Generator().manual_seed(s) for s in seeds])
@@ -182,10 +192,12 @@ def prompt(
 ):
     "A picture, redrawn as you move"
     def draw(prompt, negative, seed, steps, guidance, sampler):
-        side = native_size(sd)
-        check_inputs([prompt], steps, guidance, side, side)
-        eps_fn = noise_predictor(sd, encode_prompt(sd, [prompt], negative), guidance)
-        yield from sketched(lambda n: appearing(sd, eps_fn, [seed], n, sampler), steps)
+        check_inputs([prompt], steps, guidance)
+        emb, note = _read(sd, negative, prompt)
+        eps_fn = noise_predictor(sd, emb, guidance)
+        for picture in sketched(lambda n: appearing(sd, eps_fn, [seed], n, sampler), steps):
+            yield picture, note
+    native_size(sd)
     controls = dict(
         prompt=_words('prompt', text), negative=_words('negative', '', 'what to move away from'),
         seed=_whole('seed', seed, 0, 200), steps=_whole('steps', 20, 1, 50),
@@ -204,7 +216,7 @@ def film(
     "The steps of one picture under a slider"
     kept = []
     def record():
-        eps_fn = noise_predictor(sd, encode_prompt(sd, [text]))
+        eps_fn = noise_predictor(sd, _read(sd, '', text)[0])
         plan = make_plan(sampler, steps, sd.schedule)
         kept.extend(denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False))
     def draw(step):
@@ -214,6 +226,7 @@ def film(
         three = torch.cat([scale_input(at.x, at.sigma), at.x0, end])
         yield _picture(sd, three), (f'sigma {at.sigma:.2f}, timestep {at.t:.0f}; the prediction '
                                     f'is {away:.2f} away from the end')
+    native_size(sd)
     last = make_plan(sampler, steps, sd.schedule).calls-1
     return explorer(draw, dict(step=_whole('step', last//2, 0, last)), (576, 192),
                     f'Noisy latents, the predicted picture and the end: {text}')
@@ -227,10 +240,11 @@ def mix(
 ):
     "From one prompt to another"
     def draw(a, b, share, seed):
-        nothing, one, two = (embed_prompts(sd.tokenizer, sd.text_encoder, p) for p in ('', a, b))
-        words = torch.cat([nothing, mixed(one, two, share)]).to(sd.dtype)
-        eps_fn = noise_predictor(sd, words)
-        yield from sketched(lambda n: appearing(sd, eps_fn, [seed], n), 20)
+        (nothing, *both), note = _read(sd, '', a, b)
+        eps_fn = noise_predictor(sd, torch.stack([nothing, mixed(*both, share)]))
+        for picture in sketched(lambda n: appearing(sd, eps_fn, [seed], n), 20):
+            yield picture, note
+    native_size(sd)
     controls = dict(a=_words('one', a), b=_words('the other', b),
                     share=_real('share', .6, 0, 1, .05), seed=_whole('seed', seed, 0, 200))
     return explorer(draw, controls, (256, 256), f'Between two prompts: {a}, and {b}')
@@ -249,7 +263,7 @@ def words(
     "Which places of the picture ask which word"
     kept, end = [], []
     def record():
-        emb = encode_prompt(sd, [text])
+        emb, _ = _read(sd, '', text)
         plan = make_plan('dpmpp_2m', steps, sd.schedule)
         eps_fn = noise_predictor(sd, emb)
         for step in denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False):
@@ -261,6 +275,7 @@ def words(
         maps = kept[step] if layer=='all' else {layer: kept[step][layer]}
         bright = word_map(maps, token_places(sd.tokenizer, text, word), end[0].size[::-1])
         yield image_grid([end[0], _brightened(end[0], bright)], rows=1)
+    native_size(sd)
     names = [k for k, _ in sd.unet.named_modules() if k.endswith('attn2')]
     spoken = [*dict.fromkeys(text.replace(',', ' ').replace('.', ' ').split())]
     controls = dict(word=_one_of('word', spoken, spoken[-1]),
@@ -288,11 +303,13 @@ def start_step(
         if first>=steps: raise ValueError('at strength 0 the picture stays as it is')
         plan = make_plan('dpmpp_2m', steps, sd.schedule).after(first)
         x, noise_fn = noised(plan, first, seed)
-        eps_fn = noise_predictor(sd, encode_prompt(sd, [prompt]))
+        emb, note = _read(sd, '', prompt)
+        eps_fn = noise_predictor(sd, emb)
         begin = _picture(sd, scale_input(x, plan.sigmas[0]))
         for step in denoise(plan, eps_fn, x, noise_fn, progress=False):
-            if step.i%5==0: yield image_grid([image, begin, _picture(sd, step.x0)], rows=1)
-        yield image_grid([image, begin, _picture(sd, step.x_next)], rows=1)
+            if step.i%5==0: yield image_grid([image, begin, _picture(sd, step.x0)], rows=1), note
+        yield image_grid([image, begin, _picture(sd, step.x_next)], rows=1), note
+    native_size(sd)
     controls = dict(prompt=_words('prompt', text), strength=_real('strength', .6, 0, 1, 1/steps),
                     seed=_whole('seed', seed, 0, 200))
     return explorer(draw, controls, (576, 192), f'A picture, its noisy version, and {text}')
@@ -306,13 +323,15 @@ def guidance(
     "A scale and a wall of seeds"
     steps, above = 16, []
     def draw(prompt, scale):
-        emb = encode_prompt(sd, [prompt]*len(seeds))
+        both, note = _read(sd, '', prompt)
+        emb = both.repeat_interleave(len(seeds), 0)
         def row(scale, n): return appearing(sd, noise_predictor(sd, emb, scale), seeds, n, every=8)
         if not above or above[0]!=prompt:
             for plain in row(1., steps): pass
             above[:] = prompt, plain
         for below in sketched(lambda n: row(scale, n), steps):
-            yield image_grid([above[1], below], cols=1)
+            yield image_grid([above[1], below], cols=1), note
+    native_size(sd)
     controls = dict(prompt=_words('prompt', text),
                     scale=_real('scale', sd.guidance_scale, 0, 14, .5))
     return explorer(draw, controls, (640, 320), f'Four seeds without and with guidance: {text}')
@@ -367,7 +386,7 @@ def latents(
     drawn = []
     def draw(channel, row, column, size, amount):
         if not drawn:
-            eps_fn = noise_predictor(sd, encode_prompt(sd, [text]))
+            eps_fn = noise_predictor(sd, _read(sd, '', text)[0])
             plan = make_plan('dpmpp_2m', 20, sd.schedule)
             drawn.extend(denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False))
         x = drawn[-1].x_next.clone()
