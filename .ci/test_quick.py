@@ -707,6 +707,27 @@ def test_clip_loss_shows_the_encoder_what_it_was_trained_on():
     assert_close(seen[0].flatten(), torch.tensor([-1., 0., 1., 1.]))
     assert_close(loss, torch.tensor(0.))
 
+def test_losses_push_downhill_when_they_should():
+    from sdlearn.denoiser import Step
+    from sdlearn.guidance import LossGuide, loss_guided
+    x = torch.ones(1, 4, 2, 2)
+    def bright(images): return images.mean()            # of 12 numbers, each x/2+.5: a slope of 1/24
+    def three(z): return z[:, :3]
+    def pushes(**how):
+        guide = LossGuide(bright, three, 2., **how)
+        steps = [Step(i, 0., sigma, x, 0*x, x, x, sigma/2) for i, sigma in enumerate((8., 4., 2., 1.))]
+        for step in steps: guide(step)
+        assert len(guide.losses)==sum(bool((step.x_next!=x).any()) for step in steps)
+        return [round(12*(1-step.x_next[0, 0, 0, 0].item()), 3) for step in steps]
+    assert pushes()==[64, 16, 4, 1]                     # scale*sigma^2/24, times 12
+    assert pushes(every=2)==[64, 0, 4, 0]
+    assert pushes(interval=(2., 4.))==[0, 16, 4, 0]
+    def eps_fn(x, sigma, t): return .1*x
+    for through, slope in ((False, 1/24), (True, .6/24)):       # x0 = x-.4x
+        said = loss_guided(eps_fn, bright, three, 2., through)(x, 4., 0)
+        assert_close(said[:, :3], torch.full((1, 3, 2, 2), .1+2*4*slope))
+        assert_close(said[:, 3], torch.full((1, 2, 2), .1))
+
 def test_masks_are_black_or_white_and_the_start_is_counted_as_diffusers_does():
     from PIL import Image
     from sdlearn.pipeline import _masks, start_step
