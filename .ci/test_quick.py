@@ -187,7 +187,7 @@ def test_unet_equals_diffusers(shape):
 @torch.no_grad()
 def test_vae_equals_diffusers():
     from diffusers import AutoencoderKL
-    from sdlearn.vae import VAE
+    from sdlearn.vae import VAE, encode
     config = dict(block_out_channels=(8, 16), layers_per_block=2, latent_channels=4, norm_num_groups=4, sample_size=16,
                   down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2)
     theirs = randomized(AutoencoderKL(**config))
@@ -196,6 +196,9 @@ def test_vae_equals_diffusers():
     x, z = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 8, 12)
     assert_close(ours.quant_conv(ours.encoder(x)), theirs.quant_conv(theirs.encoder(x)), rtol=1e-4, atol=1e-4)
     assert_close(ours.decoder(ours.post_quant_conv(z)), theirs.decode(z).sample, rtol=1e-4, atol=1e-4)
+    image, seed = x.clamp(-1, 1), lambda: torch.Generator().manual_seed(3)
+    point = theirs.encode(image).latent_dist.sample(seed())*theirs.config.scaling_factor
+    assert_close(encode(ours, image, seed()), point, rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize('act', ['quick_gelu', 'gelu'])
 @torch.no_grad()
@@ -212,6 +215,17 @@ def test_text_encoder_equals_transformers(act):
     assert_close(ours(ids), expected, rtol=1e-4, atol=1e-4)
     for net in (ours, theirs):
         assert_close(get_output_embeds(net, get_input_embeds(net, ids)), expected, rtol=1e-4, atol=1e-4)
+
+@torch.no_grad()
+def test_a_prepared_unet_is_the_plain_one_for_any_words():
+    from sdlearn.unet import UNet, prepare
+    plain = randomized(UNet(dict(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+                                 cross_attention_dim=12, attention_head_dim=2, in_channels=4, out_channels=4,
+                                 down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+                                 up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))))
+    quick, x = prepare(plain), torch.randn(2, 4, 8, 8)
+    for words in torch.randn(2, 2, 7, 12):
+        for t in (900, 3): assert_close(quick(x, t, words), plain(x, t, words), rtol=1e-4, atol=1e-4)
 
 # ---------------------------------------------------------------- schedules and samplers
 
