@@ -29,7 +29,7 @@ class Block(nn.Module):
         h = self.first(x)+self.told(told)[:,:,None,None]
         return self.shortcut(x)+self.second(F.silu(self.norm(h)))
 
-# %% ../../nbs/21_noise.ipynb #4d613fee
+# %% ../../nbs/21_noise.ipynb #39bf0f06
 class Middle(nn.Module):
     "Layers on all numbers of a coarse picture at once: every place hears of every other"
     def __init__(self,
@@ -48,7 +48,7 @@ class Middle(nn.Module):
         h = h+F.silu(self.norms[1](self.second(h))+self.tolds[1](told))
         return x+self.back(h).view(x.shape)
 
-# %% ../../nbs/21_noise.ipynb #5f4f0dce
+# %% ../../nbs/21_noise.ipynb #1a122703
 class SmallUNet(nn.Module):
     "Predicts the noise in a picture; read in one sitting"
     def __init__(self,
@@ -93,7 +93,7 @@ class SmallUNet(nn.Module):
         s = sigma[:,None,None,None]
         return (s*x_in+v)/(s**2+1).sqrt()
 
-# %% ../../nbs/21_noise.ipynb #2afbcf13
+# %% ../../nbs/21_noise.ipynb #e78c90c3
 def predict(
     net,                    # (x_in, sigma, one_hot) -> noise
     x:torch.Tensor,         # (B,C,H,W) noisy pictures x0 + sigma*eps
