@@ -56,7 +56,7 @@ def batch_loss(
     x0, eps, sigma, told = noisy_batch(x, y, generator, **kwargs)
     return noise_loss(net, x0, told, sigma, eps, weight=sigma**2+1)
 
-# %% ../../nbs/23_classes.ipynb #2c9de6a2
+# %% ../../nbs/23_classes.ipynb #52370f3c
 def predictor(
     net,                    # (x_in, sigma, one_hot) -> noise
     labels=None,            # (B,) integers; None for any class
@@ -73,7 +73,7 @@ def predictor(
         return cfg(predict(net, x, sigma, none), with_class, guidance_scale)
     return eps_fn
 
-# %% ../../nbs/23_classes.ipynb #00facaca
+# %% ../../nbs/23_classes.ipynb #42729edc
 @torch.no_grad()
 def read_class(
     net,                        # (x_in, sigma, one_hot) -> noise
