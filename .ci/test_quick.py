@@ -19,7 +19,7 @@ def cells(path, kind='code'):
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
     sample load pipeline
-    idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
+    idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
     pocket.looks pocket.captions pocket.scenes pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
 
@@ -106,8 +106,7 @@ def test_package_stands_without_the_development_tools():
         for node in ast.walk(ast.parse(path.read_text(encoding='utf8'))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
-            assert not {n.split('.')[0] for n in names}&{'nbdev', 'fastcore', 'execnb', 'torchvision', 'sklearn'}-(
-                {'sklearn'} if path.stem=='score' else set()), path.name
+            assert not {n.split('.')[0] for n in names}&{'nbdev', 'fastcore', 'execnb', 'torchvision', 'sklearn'}, path.name
         assert '.cuda()' not in path.read_text(encoding='utf8'), path.name
 
 def test_names_of_before_are_where_they_were():
@@ -1325,7 +1324,7 @@ def test_small_rulers_do_not_guess():
     from sdlearn.core import image_grid, images_to_tensor, noise_like, tensor_to_images
     from sdlearn.idea.autoencoder import psnr
     from sdlearn.idea.contrast import retrieval
-    from sdlearn.idea.noise import one_hot
+    from sdlearn.idea.classes import one_hot
     from sdlearn.idea.score import accuracy
     nan, im = torch.full((2, 3), float('nan')), Image.new('RGB', (8, 8))
     for fn in (lambda: accuracy(lambda x: nan, None, torch.zeros(2)), lambda: retrieval(nan, nan),
@@ -2340,3 +2339,62 @@ def test_a_fingerprint_is_the_same_in_a_cell_and_in_a_module():
     for other in (body.replace('<.5', '<.6'), body.replace('+net', '-net'), body.replace('rand(', 'randn('), body.replace('<.5', '>.5')):
         exec(compile('import torch\n'+other, 'module', 'exec'), module)
         assert fingerprint(cell['loss'])!=fingerprint(module['loss']), other
+
+# ---------------------------------------------------------------- the idea, on digits
+
+def test_digits_come_with_the_package():
+    from sdlearn.idea.score import digits
+    x, y, held, y_held = digits()
+    assert x.shape==(4400, 1, 28, 28) and held.shape==(600, 1, 28, 28) and x.dtype==torch.float32
+    every, label = torch.cat([x, held]), torch.cat([y, y_held])
+    assert label.bincount().tolist()==[500]*10 and every.min()==-1 and every.max()==1
+    ink = [round((every[label==c]>0).float().mean().item(), 4) for c in range(10)]
+    assert ink[1]==min(ink) and ink[0]==max(ink), ink       # a one needs the least ink, a zero the most
+    middle = every[:,0,12:16,12:16].mean((1, 2))
+    assert middle[label==1].mean()>.2>-.5>middle[label==0].mean()  # a one has ink in its middle, a zero none
+    ones = (every[label==1,0]+1).mean(0)
+    centre = [(half*torch.arange(28)).sum()/half.sum() for half in (ones[:14], ones[14:])]
+    assert centre[0]>centre[1]+1                            # not mirrored: a one leans to the right
+    top, bottom = every[:,0,:14].mean((1, 2)), every[:,0,14:].mean((1, 2))
+    assert (top>bottom)[label==7].float().mean()>.5 and (top<bottom)[label==6].float().mean()>.8
+
+def test_a_noise_predictor_is_told_and_guided():
+    from sdlearn.idea.classes import predictor
+    from sdlearn.idea.noise import predict
+    asked = []
+    def net(x_in, sigma, told):
+        asked.append((x_in, sigma, told))
+        return x_in*0+told[:,3].view(-1, 1, 1, 1)           # 1 when told "a 3", else 0
+    x = torch.randn(2, 1, 4, 4)
+    assert predictor(net, [3, 1])(x, 2.)[:,0,0,0].tolist()==[1, 0]
+    assert predictor(net, [3, 1], 2.5)(x, 2.)[:,0,0,0].tolist()==[2.5, 0] and predictor(net)(x, 2.).abs().sum()==0
+    assert predictor(net, [3, 1], 0.)(x, 2.).abs().sum()==0
+    for x_in, sigma, _ in asked:
+        torch.testing.assert_close(x_in, x/5**.5)
+        assert sigma.tolist()==[2, 2]
+    assert len(asked)==6                                    # guidance alone asks twice
+    predict(net, x, torch.tensor([1., 3.]), torch.zeros(2, 10))
+    torch.testing.assert_close(asked[-1][0], x/torch.tensor([2., 10.]).sqrt().view(2, 1, 1, 1))
+
+def test_a_class_that_explains_the_noise_is_read():
+    from sdlearn.idea.classes import read_class
+    pictures = torch.randn(3, 1, 4, 4)
+    def net(x_in, sigma, told): # knows the picture of each class, and takes none for nothing
+        s = sigma.view(-1, 1, 1, 1)
+        return (x_in*(s**2+1).sqrt()-(0 if told is None else (told@pictures.flatten(1)).view(x_in.shape)))/s
+    said = read_class(net, pictures, torch.Generator().manual_seed(0), (1., 2.), 3)
+    assert said.argmax(1).tolist()==[0, 1, 2]
+    by_hand = pictures.square().flatten(1).sum(1)*(1+1/4)/2  # told nothing, it is wrong by the picture over sigma
+    torch.testing.assert_close(said.diagonal(), by_hand, rtol=1e-3, atol=1e-3)
+
+def test_directions_of_samplers_by_hand():
+    from sdlearn.idea.steps import adam, draw, geometric_sigmas, momentum
+    a, b = torch.randn(2, 3)
+    d = momentum(-.5)
+    torch.testing.assert_close(torch.stack([d(a), d(b)]), torch.stack([a, 1.5*b-.5*a]))
+    d = adam(.5, .5, 2.)
+    torch.testing.assert_close(d(a), 2*a.sign(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(d(b), 2*(.25*a+.5*b)/.75/((.25*a**2+.5*b**2)/.75).sqrt(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(geometric_sigmas(3, 4., 1.)), torch.tensor([4., 2., 1., 0.]))
+    torch.testing.assert_close(draw(lambda x, sigma: 0*x+sigma, torch.tensor([10.]), [4., 1., 0.], lambda e: 2*e),
+                               torch.tensor([10.-3*8-1*2]))
