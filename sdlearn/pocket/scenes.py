@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import replace
 import numpy as np
 from PIL import Image
-from .atlas import core, cutout, find, nearest, subjects, unseen
+from .atlas import core, cutout, find, nearest, subjects
 from .backdrops import backdrop, picture_side, tinge
 from .captions import (Scene, backgrounds, caption, colorless, counts, partners,
                                      pick, places, relations, sizes, styles)
