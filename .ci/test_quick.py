@@ -73,6 +73,15 @@ def test_links_lead_somewhere():
             for link in re.findall(r'\]\((?!http|#)([^)#]+)', s):
                 assert (path.parent/link).exists(), f'{path.name} links to {link}, which does not exist'
 
+def test_pictures_of_lessons_are_told_in_words():
+    for path in lessons:
+        if path.name[0]=='9': continue
+        for cell in json.loads(path.read_text(encoding='utf8'))['cells']:
+            for out in cell.get('outputs', ()):
+                for kind in [k for k in out.get('data', {}) if k.startswith('image/')]:
+                    said = out['metadata'].get(kind, {})
+                    assert said.get('alt'), f"{path.name} {cell['id']}: show_images and show_figure take alt="
+
 def test_lines_fit_and_statements_stand_alone():
     import io, tokenize
     for path in notebooks:
