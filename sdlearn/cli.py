@@ -90,7 +90,8 @@ def _as_before(path, given): # options out of a picture, without those that are 
     said = {k: v for k, v in said.items() if k not in given}
     _check_said(said, path)
     for k in {'image', 'mask'}&said.keys(): said[k] = _lies(said[k], path)
-    for k in {'word', 'lora'}&said.keys(): said[k] = [_lies_scaled(v, path) for v in _each(k, said[k])]
+    for k in {'word', 'lora'}&said.keys():
+        said[k] = [_lies_scaled(v, path) for v in _each(k, said[k])]
     if 'n' in said: said['grid'] = True
     if said.get('model')=='pocket': said.pop('model')
     if 'model' in said and '/' not in said['model']:
