@@ -17,7 +17,7 @@ from .captions import (Scene, backgrounds, caption, colorless, counts, partners,
 from .looks import colors, stylize, tint
 
 # %% ../../nbs/61_scenes.ipynb #3de83cbd
-def _wobble(scene, rng): # wobble(.1) is a number in -.1...1, or 0 in the standard view
+def _wobble(scene, rng): # wobble(.1) is a number from -.1 to .1, or 0 in the standard view
     return lambda most: 0. if scene.seed is None else rng.uniform(-most, most)
 
 def _drawn(name, design, scene, rng): # one of the designs, chosen by the seed
