@@ -2363,6 +2363,7 @@ def test_black_and_fat_are_counted():
     assert_close(line_width([fat, thin, half, grey, empty]), torch.tensor([2*400/100, 2*180/184, 2*160/56, 0., 0.]))
     assert in_look([fat, thin, half, grey, empty]).tolist()==[True, False, False, False, False]
     assert blackness([picture(((0, 0, 9, 9), (0, 0, 200)))]).item()==0           # dark blue is not black
+    assert not in_look([Image.new("RGB", (128, 128)), picture(((0, 0, 100, 100), 0))]).any()   # no paper
 
 def test_captions_are_the_nearest_sentences(monkeypatch):
     from sdlearn.adapt import finetune

@@ -3,6 +3,7 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'sdlearn'},
   'syms': { 'sdlearn.adapt.finetune': { 'sdlearn.adapt.finetune._check_look': ('finetune.html#_check_look', 'sdlearn/adapt/finetune.py'),
                                         'sdlearn.adapt.finetune._dark': ('finetune.html#_dark', 'sdlearn/adapt/finetune.py'),
+                                        'sdlearn.adapt.finetune._drawn': ('finetune.html#_drawn', 'sdlearn/adapt/finetune.py'),
                                         'sdlearn.adapt.finetune.blackness': ('finetune.html#blackness', 'sdlearn/adapt/finetune.py'),
                                         'sdlearn.adapt.finetune.encode_pictures': ( 'finetune.html#encode_pictures',
                                                                                     'sdlearn/adapt/finetune.py'),

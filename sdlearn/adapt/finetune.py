@@ -71,12 +71,15 @@ def name_pictures(
 def _dark(pictures): # (B,h,w), every channel in the lowest quarter
     return images_to_tensor(pictures).amax(1)<-.5
 
+def _drawn(pictures): # (B,h,w), not white: some channel below the highest quarter
+    return images_to_tensor(pictures).amin(1)<.5
+
 def blackness(
     pictures:list,  # PIL pictures
 )->Tensor:          # (B,) 0: no black .. 1: nothing but black and white
     "How much of what is not white is black?"
-    drawn = images_to_tensor(pictures).amin(1)<.5
-    return _dark(pictures).float().sum((1, 2))/drawn.float().sum((1, 2)).clamp(min=1)
+    drawn = _drawn(pictures).float().sum((1, 2))
+    return _dark(pictures).float().sum((1, 2))/drawn.clamp(min=1)
 
 def line_width(
     pictures:list,  # PIL pictures
@@ -90,9 +93,11 @@ def in_look(
     pictures:list,     # PIL pictures
     black:float=.7,    # Least `blackness`
     fat:float=4.2,     # Least `line_width`, in pixels of a picture of 128
+    paper:float=.5,    # Least share of white: a neon sign is black too, around its lines
 )->Tensor:             # (B,) booleans
-    "Black and white, in fat lines?"
-    return (blackness(pictures)>=black)&(line_width(pictures)>=fat)
+    "Black in fat lines, on white?"
+    white = 1-_drawn(pictures).float().mean((1, 2))
+    return (blackness(pictures)>=black)&(line_width(pictures)>=fat)&(white>=paper)
 
 # %% ../../nbs/43_finetune.ipynb #35bb368f
 @torch.no_grad()
