@@ -20,7 +20,7 @@ def cells(path, kind='code'):
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
     sample load pipeline
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
-    pocket.looks pocket.captions pocket.scenes pocket.card
+    pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
@@ -2407,3 +2407,77 @@ def test_directions_of_samplers_by_hand():
     torch.testing.assert_close(torch.tensor(geometric_sigmas(3, 4., 1.)), torch.tensor([4., 2., 1., 0.]))
     torch.testing.assert_close(draw(lambda x, sigma: 0*x+sigma, torch.tensor([10.]), [4., 1., 0.], lambda e: 2*e),
                                torch.tensor([10.-3*8-1*2]))
+
+# ---------------------------------------------------------------- a new look
+
+def test_icons_in_the_box_are_whole(tmp_path):
+    import numpy as np
+    from sdlearn.adapt.finetune import on_white, read_icons
+    from sdlearn.pocket.atlas import folder
+    icons = read_icons()
+    names = [*icons]
+    assert len(names)==64 and (names[0], names[16], names[-1])==('panda', 'tiger-face', 'horse')
+    arrays = {n: np.asarray(im).astype(float) for n, im in icons.items()}
+    assert all(a.shape==(128, 128, 3) and np.ptp(a, -1).max()==0 for a in arrays.values())
+    assert all(a[:14].min()==a[:, :14].min()==a[114:].min()==a[:, 114:].min()==255 for a in arrays.values())
+    flat = np.stack([*arrays.values()]).reshape(64, -1)
+    assert all((np.abs(flat-f).mean(1)<8).sum()==1 for f in flat)
+    horse = arrays['horse'][14:114, 14:114, 0]<128
+    assert .25<horse.mean()<.5                        # the last one is there, and not beyond the sheet
+    assert (folder/'icons.webp').stat().st_size<300_000 and 'icons.webp' in (root/'NOTICE').read_text(encoding='utf8')
+    with pytest.raises(FileNotFoundError, match='expected icons.webp in .*Install'): read_icons(tmp_path)
+    from PIL import Image
+    small = np.asarray(on_white(Image.new('RGB', (7, 7), 'red'), side=20, share=.5))
+    assert (small[5:15, 5:15]==(255, 0, 0)).all() and (small.sum((0, 1))==(400*255, 300*255, 300*255)).all()
+
+def test_black_and_fat_are_counted():
+    import numpy as np
+    from PIL import Image
+    from sdlearn.adapt.finetune import blackness, in_look, line_width
+    def picture(*boxes):
+        a = np.full((128, 128, 3), 255, np.uint8)
+        for (y, x, h, w), color in boxes: a[y:y+h, x:x+w] = color
+        return Image.fromarray(a)
+    fat, thin, half = picture(((0, 0, 10, 40), 0)), picture(((9, 9, 2, 90), 0)), picture(((0, 0, 8, 20), 0), ((50, 50, 8, 60), (250, 60, 0)))
+    grey, empty = picture(((5, 5, 20, 20), 120)), picture()
+    assert_close(blackness([fat, thin, half, grey, empty]), torch.tensor([1., 1., .25, 0., 0.]))
+    assert_close(line_width([fat, thin, half, grey, empty]), torch.tensor([2*400/100, 2*180/184, 2*160/56, 0., 0.]))
+    assert in_look([fat, thin, half, grey, empty]).tolist()==[True, False, False, False, False]
+    assert blackness([picture(((0, 0, 9, 9), (0, 0, 200)))]).item()==0           # dark blue is not black
+    assert not in_look([Image.new("RGB", (128, 128)), picture(((0, 0, 100, 100), 0))]).any()   # no paper
+
+def test_captions_are_the_nearest_sentences(monkeypatch):
+    from sdlearn.adapt import finetune
+    asked = []
+    def scores(pictures, texts, path):
+        asked.append((texts, path))
+        return torch.tensor([[.1, .9, .2], [.5, .3, .4]])
+    monkeypatch.setattr(finetune, 'scores', scores)
+    assert finetune.name_pictures(['a', 'b'], iter(['fox', 'owl', 'shoes']), 'ink of {}!', 'there')==['owl', 'fox']
+    assert asked==[(['ink of a fox!', 'ink of an owl!', 'ink of shoes!'], 'there')]
+    with pytest.raises(ValueError, match='with {} in it'): finetune.name_pictures(['a'], ['fox'], 'ink')
+    with pytest.raises(ValueError, match='got 1 pictures and 0 names'): finetune.name_pictures(['a'], [])
+
+def test_a_look_is_learned_from_pairs_and_own_pictures_go_without_its_word(monkeypatch):
+    from PIL import Image
+    from sdlearn.adapt import finetune
+    from sdlearn.load import load_sd
+    sd, got = load_sd(networks='own'), {}
+    def kept(*args, **kw): got.update(loss=args, rest=kw)
+    monkeypatch.setattr(finetune, 'lora_loss', kept)
+    monkeypatch.setattr(finetune, 'learn_lora', lambda unet, loss, steps, **kw: (unet is sd.unet, steps, kw))
+    monkeypatch.setattr(finetune, 'embed_prompts', lambda tokenizer, encoder, said: said)
+    colors = [Image.new('RGB', (200, 150), c) for c in ('red', 'blue', 'green')]*4
+    said = [f'a picture of {i}' for i in range(12)]
+    out = finetune.learn_look(sd, colors, said, 'zwx', ([colors[0]], ['a car']), 7, 3, lr=.1, rank=2)
+    latents, words, bs, schedule = got['loss']
+    assert out==(True, 7, dict(lr=.1, rank=2)) and bs==3 and schedule is sd.schedule
+    assert words==[*(f'{s}, zwx' for s in said), 'a car']
+    assert latents.shape==(13, 4, 16, 16) and torch.equal(latents[0], latents[-1])   # pictures keep their order
+    assert_close(latents[9:12], latents[:3], atol=1e-4, rtol=1e-4) 
+    assert (latents[0]-latents[1]).abs().mean()>.1
+    assert finetune.learn_look(sd, colors, said)[2]==dict(rank=8)
+    for bad, words in (((colors, said[:3]), 'each of 12 pictures, got 3'), ((colors, 'a fox'), "got 'a fox'"),
+                       ((colors[:1], said[:1]), 'got 1'), ((['x.png']*12, said), 'Image.open'),
+                       ((colors, said, 'zwx', (colors[:2], [])), 'each of 2 pictures, got 0')):
+        with pytest.raises(ValueError, match=words): finetune.learn_look(sd, *bad)
