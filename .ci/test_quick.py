@@ -1928,7 +1928,7 @@ def test_memory_is_the_change_of_the_answer():
     loss, rng = memory_loss(latents, words, old, bs=4), lambda: torch.Generator().manual_seed(7)
     assert loss(unet, rng())==0
     with torch.no_grad(): unet.conv_out.weight.mul_(1.5)
-    unet.requires_grad_(True)
+    for net in (unet, old): net.requires_grad_(True)
     said = loss(unet, rng())
     said.backward()
     assert unet.conv_out.weight.grad.abs().sum()>0 and all(p.grad is None for p in old.parameters())

@@ -29,7 +29,7 @@ def class_pictures(
     seed:int=1000,     # Of the first; the others follow
     **settings,        # num_inference_steps, guidance_scale ...: as in `txt2img`
 )->list:               # PIL pictures
-    "What the network draws before it learns (Ruiz et al. 2022, section 3.2)"
+    "What the network draws before it learns (Ruiz et al. 2022, section 3.3)"
     n = check_number(n, 'a number of class pictures', 1, read=whole)
     seeds = [check_number(seed, 'a seed', 0, read=whole)+i for i in range(n)]
     settings = dict(num_inference_steps=12, progress=False)|settings
