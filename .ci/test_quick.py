@@ -1975,13 +1975,18 @@ def test_all_weights_are_trained_and_put_back(tmp_path):
 def test_dreambooth_reads_pictures_and_refuses(bundles):
     from PIL import Image
     from sdlearn.adapt.dreambooth import class_pictures, encode_pairs, learn_dreambooth
+    from sdlearn.core import images_to_tensor
     from sdlearn.pipeline import txt2img
+    from sdlearn.pocket.scenes import render
+    from sdlearn.vae import encode
     sd, fox = bundles['own'], 'a picture of a fox'
     drawn = class_pictures(sd, fox, 9, seed=5, num_inference_steps=1)
     assert len(drawn)==9 and drawn[8]==txt2img(sd, fox, seed=13, num_inference_steps=1, progress=False)[0]
     grey = [Image.new('L', (90, 140), 200), Image.new('P', (128, 128))]
     latents, words = encode_pairs(sd, grey, fox)
     assert latents.shape==(2, 4, 16, 16) and words.shape==(1, 77, 128)
+    seen = render('deer', seed=1)[0]
+    with torch.no_grad(): assert_close(encode_pairs(sd, [seen], fox)[0], encode(sd.vae, images_to_tensor([seen])), rtol=1e-3, atol=1e-3)
     one, each = encode_pairs(sd, grey[:1], [fox]), encode_pairs(sd, grey, [fox, 'a picture of a cat'])
     assert_close(one[0], latents[:1], rtol=1e-3, atol=1e-3)
     assert_close(each[1][:1], words, rtol=1e-3, atol=1e-3)
