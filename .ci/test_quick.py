@@ -19,8 +19,8 @@ def cells(path, kind='code'):
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
     sample load pipeline
-    idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
-    pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
+    idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
+    pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
@@ -1946,6 +1946,98 @@ def test_what_has_no_place_in_a_lora_file_is_listed(tmp_path):
     (tmp_path/'z.safetensors').write_bytes((tmp_path/'y.safetensors').read_bytes()[:300])
     for name, words in (('z.safetensors', 'damaged'), ('y.ckpt', 'pickles'), ('none.safetensors', 'Check the path')):
         with pytest.raises(ValueError, match=words): read_lora(tmp_path/name, nets['unet'])
+
+# ---------------------------------------------------------------- dreambooth
+
+def test_the_second_loss_is_added_with_its_weight():
+    from sdlearn.adapt.dreambooth import prior_loss
+    asked = []
+    def first(net, g): return torch.tensor(2.)*net
+    def second(net, g):
+        asked.append(g)
+        return torch.tensor(3.)*net
+    assert prior_loss(first, second)(10., 'g')==50 and prior_loss(first, second, .5)(10., 'g')==35
+    assert asked==['g', 'g'] and prior_loss(first, second, 0)(10., 'g')==20 and len(asked)==2   # not even asked
+    for weight in (-1., float('nan'), 'much'):
+        with pytest.raises(ValueError, match='expected a weight'): prior_loss(first, second, weight)
+
+def test_memory_is_the_change_of_the_answer():
+    import copy
+    from sdlearn.adapt.dreambooth import memory_loss
+    from sdlearn.schedule import random_timesteps, sigma_at
+    unet, latents, words = lora_task()
+    words = words+torch.arange(3.)[:, None, None]
+    old = copy.deepcopy(unet)
+    loss, rng = memory_loss(latents, words, old, bs=4), lambda: torch.Generator().manual_seed(7)
+    assert loss(unet, rng())==0
+    with torch.no_grad(): unet.conv_out.weight.mul_(1.5)
+    for net in (unet, old): net.requires_grad_(True)
+    said = loss(unet, rng())
+    said.backward()
+    assert unet.conv_out.weight.grad.abs().sum()>0 and all(p.grad is None for p in old.parameters())
+    g = rng()                                                                   # by hand
+    i, t = torch.randint(3, (4,), generator=g), random_timesteps(4, g)
+    noise, s = torch.randn(4, *latents.shape[1:], generator=g), sigma_at(t)[:, None, None, None]
+    x = (latents[i]+s*noise)/(1+s**2)**.5
+    with torch.no_grad(): assert_close(said.detach(), (unet(x, t, words[i])-old(x, t, words[i])).square().mean())
+    one = memory_loss(latents, words[:1], old, bs=4)(unet, rng())
+    assert_close(one, memory_loss(latents, words[:1].repeat(3, 1, 1), old, bs=4)(unet, rng()))
+
+def test_drift_is_measured_in_distances_between_seeds():
+    from PIL import Image
+    from sdlearn.adapt.dreambooth import drift, moved
+    corners = torch.tensor([[0., 0.], [3., 0.], [0., 4.]])
+    assert moved(corners, corners)==0 and abs(moved(corners, corners+torch.tensor([3., 4.]))-5/4)<1e-6
+    assert abs(moved(corners, torch.cat([corners[:2], torch.tensor([[0., 16.]])]))-1)<1e-6      # a mean over seeds
+    grey = lambda *levels: [Image.new('RGB', (128, 128), (v, v, v)) for v in levels]
+    assert abs(drift(grey(20, 120), grey(70, 170))['pixels']-.5)<1e-3
+    assert drift(grey(20, 120), grey(20, 120))==dict(encoder=0, pixels=0)
+    for before, after in (((1, 2), (1,)), ((1,), (1,))):
+        with pytest.raises(ValueError, match='same two or more seeds'): drift(grey(*before), grey(*after))
+    with pytest.raises(ValueError, match='several seeds'): drift(grey(7, 7), grey(8, 9))
+
+def test_all_weights_are_trained_and_put_back(tmp_path):
+    from sdlearn.adapt.dreambooth import learn_all, prior_loss
+    from sdlearn.adapt.lora import lora_loss
+    unet, latents, words = lora_task()
+    before, loss = weights_of(dict(unet=unet)), lora_loss(latents, words, bs=2)
+    def changed(): return [k for k, v in weights_of(dict(unet=unet)).items() if not torch.equal(v, before[k])]
+    undo = learn_all(unet, prior_loss(loss, loss), 3, tmp_path/'s', progress=False)
+    after = weights_of(dict(unet=unet))
+    assert len(changed())==len(before) and not any(p.requires_grad for p in unet.parameters())
+    undo()
+    assert not changed()
+    learn_all(unet, prior_loss(loss, loss), 3, tmp_path/'s', progress=False)    # it has been there
+    assert same_bits(weights_of(dict(unet=unet)), after)
+    undo()
+    with pytest.raises(ValueError, match='another'): learn_all(unet, prior_loss(loss, loss, .5), 3, tmp_path/'s', progress=False)
+    def spoilt(net, g): return loss(net, g)*(float('nan') if g.initial_seed()>1_000_003*64 else 1)
+    with pytest.raises(FloatingPointError): learn_all(unet, spoilt, 3, seed=1, progress=False)
+    assert not changed() and not any(p.requires_grad for p in unet.parameters())
+
+def test_dreambooth_reads_pictures_and_refuses(bundles):
+    from PIL import Image
+    from sdlearn.adapt.dreambooth import class_pictures, encode_pairs, learn_dreambooth
+    from sdlearn.core import images_to_tensor
+    from sdlearn.pipeline import txt2img
+    from sdlearn.pocket.scenes import render
+    from sdlearn.vae import encode
+    sd, fox = bundles['own'], 'a picture of a fox'
+    drawn = class_pictures(sd, fox, 9, seed=5, num_inference_steps=1)
+    assert len(drawn)==9 and drawn[8]==txt2img(sd, fox, seed=13, num_inference_steps=1, progress=False)[0]
+    grey = [Image.new('L', (90, 140), 200), Image.new('P', (128, 128))]
+    latents, words = encode_pairs(sd, grey, fox)
+    assert latents.shape==(2, 4, 16, 16) and words.shape==(1, 77, 128)
+    seen = render('deer', seed=1)[0]
+    with torch.no_grad(): assert_close(encode_pairs(sd, [seen], fox)[0], encode(sd.vae, images_to_tensor([seen])), rtol=1e-3, atol=1e-3)
+    one, each = encode_pairs(sd, grey[:1], [fox]), encode_pairs(sd, grey, [fox, 'a picture of a cat'])
+    assert_close(one[0], latents[:1], rtol=1e-3, atol=1e-3)
+    assert_close(each[1][:1], words, rtol=1e-3, atol=1e-3)
+    assert each[1].shape==(2, 77, 128) and (each[1][0]-each[1][1]).norm()>5
+    for ims, prompt, kind, kw, said in (([], 'x', fox, {}, 'at least one picture'), (grey, [fox]*3, 'a', {}, '2 pictures and 3 prompts'),
+                                        (grey, fox, fox, {}, 'rare word'), (grey, 'x', fox, dict(n=0), 'number of class pictures'),
+                                        (grey, 'x', fox, dict(n=2.5), 'number of class pictures')):
+        with pytest.raises(ValueError, match=said): learn_dreambooth(sd, ims, prompt, kind, steps=1, progress=False, **kw)
 
 # ---------------------------------------------------------------- inversion
 

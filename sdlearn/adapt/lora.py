@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attention_names', 'LowRank', 'full_change', 'lora_layers', 'put_lora', 'Pair', 'lora_pairs', 'take_lora', 'lora_loss',
-           'learn_lora', 'merge_lora', 'save_lora', 'read_lora']
+           'draw_batch', 'ask_network', 'learn_lora', 'merge_lora', 'save_lora', 'read_lora']
 
 # %% ../../nbs/41_lora.ipynb #1da9499d
 import json, re, warnings
@@ -158,16 +158,36 @@ def lora_loss(
     _check_pairs(latents, words)
     words = words.expand(len(latents), *words.shape[1:])
     def loss(net, g):
-        i = torch.randint(len(latents), (bs,), generator=g)
-        t = random_timesteps(bs, g, schedule=schedule)
-        noise = torch.randn((bs, *latents.shape[1:]), generator=g)
-        where = next(net.parameters())
-        x0, cond, noise, at = (v.to(where.device) for v in (latents[i], words[i], noise, t))
-        def ask(x_in, sigma, cond):
-            return predict_noise(net, x_in.to(where.dtype), at, cond.to(where.dtype)).float()
-        sigma = sigma_at(t, schedule).to(where.device)
-        return noise_loss(ask, x0.float(), cond, sigma, noise, schedule.prediction_type)
+        x0, cond, noise, t = draw_batch(latents, words, bs, g, schedule, net)
+        def ask(x_in, sigma, cond): return ask_network(net, x_in, t, cond)
+        sigma = sigma_at(t, schedule)
+        return noise_loss(ask, x0, cond, sigma, noise, schedule.prediction_type)
     return loss
+
+def draw_batch(
+    latents:Tensor,    # (N,4,h,w) the pictures, encoded once
+    words:Tensor,      # (N,77,D) their captions
+    bs:int,            # How many are drawn
+    generator,         # torch.Generator on the CPU
+    schedule:Schedule, # Which timesteps there are
+    network,           # Where it is, the batch goes
+)->tuple:              # x0, cond, noise, t
+    "Some of the pictures with their captions, and for each a timestep and its noise"
+    i = torch.randint(len(latents), (bs,), generator=generator)
+    t = random_timesteps(bs, generator, schedule=schedule)
+    noise = torch.randn((bs, *latents.shape[1:]), generator=generator)
+    device = next(network.parameters()).device
+    return tuple(v.to(device) for v in (latents[i].float(), words[i], noise, t))
+
+def ask_network(
+    network,     # Our UNet or diffusers', in any precision
+    x_in:Tensor, # (B,4,h,w) noisy latents scaled to std about 1
+    t:Tensor,    # (B,) timesteps
+    cond:Tensor, # (B,77,D) text embeddings
+)->Tensor:       # (B,4,h,w) its prediction, float32
+    "Ask in the network's precision, answer in ours"
+    dtype = next(network.parameters()).dtype
+    return predict_noise(network, x_in.to(dtype), t, cond.to(dtype)).float()
 
 def _check_pairs(latents, words):
     if latents.ndim!=4 or not len(latents):
