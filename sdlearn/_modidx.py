@@ -8,6 +8,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sdlearn.adapt.imagic._frozen': ('imagic.html#_frozen', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic._picture': ('imagic.html#_picture', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic._sentence': ('imagic.html#_sentence', 'sdlearn/adapt/imagic.py'),
+                                      'sdlearn.adapt.imagic._states': ('imagic.html#_states', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic._two': ('imagic.html#_two', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic.between': ('imagic.html#between', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic.draw_edit': ('imagic.html#draw_edit', 'sdlearn/adapt/imagic.py'),

@@ -8,13 +8,12 @@ __all__ = ['Told', 'learn_sentence', 'between', 'Edit', 'learn_edit', 'draw_edit
 # %% ../../nbs/44_imagic.ipynb #0f5d4ec2
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 import torch
 from torch import Tensor, nn
 from PIL import Image
 from .inversion import square
 from .lora import learn_lora, lora_loss, merge_lora
-from ..core import check_tensor, images_to_tensor, real
+from ..core import as_path, check_tensor, images_to_tensor, real
 from ..pipeline import encode_prompt, generate_with_embs, native_size
 from ..train import fit
 from ..vae import encode
@@ -98,6 +97,12 @@ def _two(numbers, name): # one for the words, one for the network
     raise ValueError(f"expected two numbers of {name}, for the words and for the network, "
                      f"got {numbers!r}")
 
+def _states(folder): # a file for each of the two trainings
+    if folder is None: return None, None
+    folder = as_path(folder, 'a folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder/'words.pt', folder/'lora.pt'
+
 def learn_edit(
     sd,                  # An `SD` bundle; it is not changed
     picture:Image.Image, # What there is, of any size and mode; its middle square is taken
@@ -105,20 +110,20 @@ def learn_edit(
     *,
     steps:tuple=(40, 70),# Optimiser steps for the words, and for the network
     rank:int=4,          # Of the LoRA
-    # For the words, and for the network: pocket's. SD v1 wants (1e-3, 1e-4)
+    # For the words, and for the network; these suit pocket, SD v1 wants smaller ones
     lr:tuple=(.015, 2.5e-3),
-    folder=None,         # Where states are kept: a killed run goes on from there
+    folder=None,         # Where states are kept: a run that was stopped goes on from there
     **settings,          # seed, progress, ema ...: as in `fit`
 )->Edit:
     "Imagic: find the words of a picture, then the network that draws it (Kawar et al. 2022)"
     _two(steps, 'steps')
     _two(lr, 'learning rates')
     latents, wanted = _picture(sd, picture), _sentence(sd, sentence)
-    files = [folder and Path(folder)/name for name in ('words.pt', 'lora.pt')]
+    words_file, lora_file = _states(folder)
     loss_fn = lora_loss(latents, wanted, schedule=sd.schedule)
-    found = learn_sentence(sd.unet, loss_fn, wanted, steps[0], files[0], lr=lr[0], **settings)
+    found = learn_sentence(sd.unet, loss_fn, wanted, steps[0], words_file, lr=lr[0], **settings)
     tune = lora_loss(latents, found, schedule=sd.schedule)
-    pairs = learn_lora(sd.unet, tune, steps[1], files[1], rank, lr=lr[1], **settings)
+    pairs = learn_lora(sd.unet, tune, steps[1], lora_file, rank, lr=lr[1], **settings)
     return Edit(found, wanted, pairs)
 
 def draw_edit(
