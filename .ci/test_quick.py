@@ -19,8 +19,8 @@ def cells(path, kind='code'):
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
     sample load pipeline adapt.imagic
-    idea.score idea.noise idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
-    pocket.looks pocket.captions pocket.scenes pocket.card
+    idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge pocket.atlas pocket.emoji pocket.backdrops
+    pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
@@ -73,6 +73,15 @@ def test_links_lead_somewhere():
             for link in re.findall(r'\]\((?!http|#)([^)#]+)', s):
                 assert (path.parent/link).exists(), f'{path.name} links to {link}, which does not exist'
 
+def test_pictures_of_lessons_are_told_in_words():
+    for path in lessons:
+        if path.name[0]=='9': continue
+        for cell in json.loads(path.read_text(encoding='utf8'))['cells']:
+            for out in cell.get('outputs', ()):
+                for kind in [k for k in out.get('data', {}) if k.startswith('image/')]:
+                    said = out['metadata'].get(kind, {})
+                    assert said.get('alt'), f"{path.name} {cell['id']}: show_images and show_figure take alt="
+
 def test_lines_fit_and_statements_stand_alone():
     import io, tokenize
     for path in notebooks:
@@ -106,8 +115,7 @@ def test_package_stands_without_the_development_tools():
         for node in ast.walk(ast.parse(path.read_text(encoding='utf8'))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
-            assert not {n.split('.')[0] for n in names}&{'nbdev', 'fastcore', 'execnb', 'torchvision', 'sklearn'}-(
-                {'sklearn'} if path.stem=='score' else set()), path.name
+            assert not {n.split('.')[0] for n in names}&{'nbdev', 'fastcore', 'execnb', 'torchvision', 'sklearn'}, path.name
         assert '.cuda()' not in path.read_text(encoding='utf8'), path.name
 
 def test_names_of_before_are_where_they_were():
@@ -187,7 +195,7 @@ def test_unet_equals_diffusers(shape):
 @torch.no_grad()
 def test_vae_equals_diffusers():
     from diffusers import AutoencoderKL
-    from sdlearn.vae import VAE
+    from sdlearn.vae import VAE, encode
     config = dict(block_out_channels=(8, 16), layers_per_block=2, latent_channels=4, norm_num_groups=4, sample_size=16,
                   down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2)
     theirs = randomized(AutoencoderKL(**config))
@@ -196,6 +204,9 @@ def test_vae_equals_diffusers():
     x, z = torch.randn(2, 3, 16, 24), torch.randn(2, 4, 8, 12)
     assert_close(ours.quant_conv(ours.encoder(x)), theirs.quant_conv(theirs.encoder(x)), rtol=1e-4, atol=1e-4)
     assert_close(ours.decoder(ours.post_quant_conv(z)), theirs.decode(z).sample, rtol=1e-4, atol=1e-4)
+    image, seed = x.clamp(-1, 1), lambda: torch.Generator().manual_seed(3)
+    point = theirs.encode(image).latent_dist.sample(seed())*theirs.config.scaling_factor
+    assert_close(encode(ours, image, seed()), point, rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize('act', ['quick_gelu', 'gelu'])
 @torch.no_grad()
@@ -212,6 +223,17 @@ def test_text_encoder_equals_transformers(act):
     assert_close(ours(ids), expected, rtol=1e-4, atol=1e-4)
     for net in (ours, theirs):
         assert_close(get_output_embeds(net, get_input_embeds(net, ids)), expected, rtol=1e-4, atol=1e-4)
+
+@torch.no_grad()
+def test_a_prepared_unet_is_the_plain_one_for_any_words():
+    from sdlearn.unet import UNet, prepare
+    plain = randomized(UNet(dict(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+                                 cross_attention_dim=12, attention_head_dim=2, in_channels=4, out_channels=4,
+                                 down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+                                 up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))))
+    quick, x = prepare(plain), torch.randn(2, 4, 8, 8)
+    for words in torch.randn(2, 2, 7, 12):
+        for t in (900, 3): assert_close(quick(x, t, words), plain(x, t, words), rtol=1e-4, atol=1e-4)
 
 # ---------------------------------------------------------------- schedules and samplers
 
@@ -706,6 +728,27 @@ def test_clip_loss_shows_the_encoder_what_it_was_trained_on():
     loss = clip_loss(torch.tensor([0., .5, 1., 1.]).view(1, 1, 2, 2), encoder, torch.tensor([[-1., 0., 1., 1.]]))
     assert_close(seen[0].flatten(), torch.tensor([-1., 0., 1., 1.]))
     assert_close(loss, torch.tensor(0.))
+
+def test_losses_push_downhill_when_they_should():
+    from sdlearn.denoiser import Step
+    from sdlearn.guidance import LossGuide, loss_guided
+    x = torch.ones(1, 4, 2, 2)
+    def bright(images): return images.mean()            # of 12 numbers, each x/2+.5: a slope of 1/24
+    def three(z): return z[:, :3]
+    def pushes(**how):
+        guide = LossGuide(bright, three, 2., **how)
+        steps = [Step(i, 0., sigma, x, 0*x, x, x, sigma/2) for i, sigma in enumerate((8., 4., 2., 1.))]
+        for step in steps: guide(step)
+        assert len(guide.losses)==sum(bool((step.x_next!=x).any()) for step in steps)
+        return [round(12*(1-step.x_next[0, 0, 0, 0].item()), 3) for step in steps]
+    assert pushes()==[64, 16, 4, 1]                     # scale*sigma^2/24, times 12
+    assert pushes(every=2)==[64, 0, 4, 0]
+    assert pushes(interval=(2., 4.))==[0, 16, 4, 0]
+    def eps_fn(x, sigma, t): return .1*x
+    for through, slope in ((False, 1/24), (True, .6/24)):       # x0 = x-.4x
+        said = loss_guided(eps_fn, bright, three, 2., through)(x, 4., 0)
+        assert_close(said[:, :3], torch.full((1, 3, 2, 2), .1+2*4*slope))
+        assert_close(said[:, 3], torch.full((1, 2, 2), .1))
 
 def test_masks_are_black_or_white_and_the_start_is_counted_as_diffusers_does():
     from PIL import Image
@@ -1290,7 +1333,7 @@ def test_small_rulers_do_not_guess():
     from sdlearn.core import image_grid, images_to_tensor, noise_like, tensor_to_images
     from sdlearn.idea.autoencoder import psnr
     from sdlearn.idea.contrast import retrieval
-    from sdlearn.idea.noise import one_hot
+    from sdlearn.idea.classes import one_hot
     from sdlearn.idea.score import accuracy
     nan, im = torch.full((2, 3), float('nan')), Image.new('RGB', (8, 8))
     for fn in (lambda: accuracy(lambda x: nan, None, torch.zeros(2)), lambda: retrieval(nan, nan),
@@ -2384,3 +2427,136 @@ def test_a_fingerprint_is_the_same_in_a_cell_and_in_a_module():
     for other in (body.replace('<.5', '<.6'), body.replace('+net', '-net'), body.replace('rand(', 'randn('), body.replace('<.5', '>.5')):
         exec(compile('import torch\n'+other, 'module', 'exec'), module)
         assert fingerprint(cell['loss'])!=fingerprint(module['loss']), other
+
+# ---------------------------------------------------------------- the idea, on digits
+
+def test_digits_come_with_the_package():
+    from sdlearn.idea.score import digits
+    x, y, held, y_held = digits()
+    assert x.shape==(4400, 1, 28, 28) and held.shape==(600, 1, 28, 28) and x.dtype==torch.float32
+    every, label = torch.cat([x, held]), torch.cat([y, y_held])
+    assert label.bincount().tolist()==[500]*10 and every.min()==-1 and every.max()==1
+    ink = [round((every[label==c]>0).float().mean().item(), 4) for c in range(10)]
+    assert ink[1]==min(ink) and ink[0]==max(ink), ink       # a one needs the least ink, a zero the most
+    middle = every[:,0,12:16,12:16].mean((1, 2))
+    assert middle[label==1].mean()>.2>-.5>middle[label==0].mean()  # a one has ink in its middle, a zero none
+    ones = (every[label==1,0]+1).mean(0)
+    centre = [(half*torch.arange(28)).sum()/half.sum() for half in (ones[:14], ones[14:])]
+    assert centre[0]>centre[1]+1                            # not mirrored: a one leans to the right
+    top, bottom = every[:,0,:14].mean((1, 2)), every[:,0,14:].mean((1, 2))
+    assert (top>bottom)[label==7].float().mean()>.5 and (top<bottom)[label==6].float().mean()>.8
+
+def test_a_noise_predictor_is_told_and_guided():
+    from sdlearn.idea.classes import predictor
+    from sdlearn.idea.noise import predict
+    asked = []
+    def net(x_in, sigma, told):
+        asked.append((x_in, sigma, told))
+        return x_in*0+told[:,3].view(-1, 1, 1, 1)           # 1 when told "a 3", else 0
+    x = torch.randn(2, 1, 4, 4)
+    assert predictor(net, [3, 1])(x, 2.)[:,0,0,0].tolist()==[1, 0]
+    assert predictor(net, [3, 1], 2.5)(x, 2.)[:,0,0,0].tolist()==[2.5, 0] and predictor(net)(x, 2.).abs().sum()==0
+    assert predictor(net, [3, 1], 0.)(x, 2.).abs().sum()==0
+    for x_in, sigma, _ in asked:
+        torch.testing.assert_close(x_in, x/5**.5)
+        assert sigma.tolist()==[2, 2]
+    assert len(asked)==6                                    # guidance alone asks twice
+    predict(net, x, torch.tensor([1., 3.]), torch.zeros(2, 10))
+    torch.testing.assert_close(asked[-1][0], x/torch.tensor([2., 10.]).sqrt().view(2, 1, 1, 1))
+
+def test_a_class_that_explains_the_noise_is_read():
+    from sdlearn.idea.classes import read_class
+    pictures = torch.randn(3, 1, 4, 4)
+    def net(x_in, sigma, told): # knows the picture of each class, and takes none for nothing
+        s = sigma.view(-1, 1, 1, 1)
+        return (x_in*(s**2+1).sqrt()-(0 if told is None else (told@pictures.flatten(1)).view(x_in.shape)))/s
+    said = read_class(net, pictures, torch.Generator().manual_seed(0), (1., 2.), 3)
+    assert said.argmax(1).tolist()==[0, 1, 2]
+    by_hand = pictures.square().flatten(1).sum(1)*(1+1/4)/2  # told nothing, it is wrong by the picture over sigma
+    torch.testing.assert_close(said.diagonal(), by_hand, rtol=1e-3, atol=1e-3)
+
+def test_directions_of_samplers_by_hand():
+    from sdlearn.idea.steps import adam, draw, geometric_sigmas, momentum
+    a, b = torch.randn(2, 3)
+    d = momentum(-.5)
+    torch.testing.assert_close(torch.stack([d(a), d(b)]), torch.stack([a, 1.5*b-.5*a]))
+    d = adam(.5, .5, 2.)
+    torch.testing.assert_close(d(a), 2*a.sign(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(d(b), 2*(.25*a+.5*b)/.75/((.25*a**2+.5*b**2)/.75).sqrt(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(geometric_sigmas(3, 4., 1.)), torch.tensor([4., 2., 1., 0.]))
+    torch.testing.assert_close(draw(lambda x, sigma: 0*x+sigma, torch.tensor([10.]), [4., 1., 0.], lambda e: 2*e),
+                               torch.tensor([10.-3*8-1*2]))
+
+# ---------------------------------------------------------------- a new look
+
+def test_icons_in_the_box_are_whole(tmp_path):
+    import numpy as np
+    from sdlearn.adapt.finetune import on_white, read_icons
+    from sdlearn.pocket.atlas import folder
+    icons = read_icons()
+    names = [*icons]
+    assert len(names)==64 and (names[0], names[16], names[-1])==('panda', 'tiger-face', 'horse')
+    arrays = {n: np.asarray(im).astype(float) for n, im in icons.items()}
+    assert all(a.shape==(128, 128, 3) and np.ptp(a, -1).max()==0 for a in arrays.values())
+    assert all(a[:14].min()==a[:, :14].min()==a[114:].min()==a[:, 114:].min()==255 for a in arrays.values())
+    flat = np.stack([*arrays.values()]).reshape(64, -1)
+    assert all((np.abs(flat-f).mean(1)<8).sum()==1 for f in flat)
+    horse = arrays['horse'][14:114, 14:114, 0]<128
+    assert .25<horse.mean()<.5                        # the last one is there, and not beyond the sheet
+    assert (folder/'icons.webp').stat().st_size<300_000 and 'icons.webp' in (root/'NOTICE').read_text(encoding='utf8')
+    with pytest.raises(FileNotFoundError, match='expected icons.webp in .*Install'): read_icons(tmp_path)
+    from PIL import Image
+    small = np.asarray(on_white(Image.new('RGB', (7, 7), 'red'), side=20, share=.5))
+    assert (small[5:15, 5:15]==(255, 0, 0)).all() and (small.sum((0, 1))==(400*255, 300*255, 300*255)).all()
+
+def test_black_and_fat_are_counted():
+    import numpy as np
+    from PIL import Image
+    from sdlearn.adapt.finetune import blackness, in_look, line_width
+    def picture(*boxes):
+        a = np.full((128, 128, 3), 255, np.uint8)
+        for (y, x, h, w), color in boxes: a[y:y+h, x:x+w] = color
+        return Image.fromarray(a)
+    fat, thin, half = picture(((0, 0, 10, 40), 0)), picture(((9, 9, 2, 90), 0)), picture(((0, 0, 8, 20), 0), ((50, 50, 8, 60), (250, 60, 0)))
+    grey, empty = picture(((5, 5, 20, 20), 120)), picture()
+    assert_close(blackness([fat, thin, half, grey, empty]), torch.tensor([1., 1., .25, 0., 0.]))
+    assert_close(line_width([fat, thin, half, grey, empty]), torch.tensor([2*400/100, 2*180/184, 2*160/56, 0., 0.]))
+    assert in_look([fat, thin, half, grey, empty]).tolist()==[True, False, False, False, False]
+    assert blackness([picture(((0, 0, 9, 9), (0, 0, 200)))]).item()==0           # dark blue is not black
+    assert not in_look([Image.new("RGB", (128, 128)), picture(((0, 0, 100, 100), 0))]).any()   # no paper
+
+def test_captions_are_the_nearest_sentences(monkeypatch):
+    from sdlearn.adapt import finetune
+    asked = []
+    def scores(pictures, texts, path):
+        asked.append((texts, path))
+        return torch.tensor([[.1, .9, .2], [.5, .3, .4]])
+    monkeypatch.setattr(finetune, 'scores', scores)
+    assert finetune.name_pictures(['a', 'b'], iter(['fox', 'owl', 'shoes']), 'ink of {}!', 'there')==['owl', 'fox']
+    assert asked==[(['ink of a fox!', 'ink of an owl!', 'ink of shoes!'], 'there')]
+    with pytest.raises(ValueError, match='with {} in it'): finetune.name_pictures(['a'], ['fox'], 'ink')
+    with pytest.raises(ValueError, match='got 1 pictures and 0 names'): finetune.name_pictures(['a'], [])
+
+def test_a_look_is_learned_from_pairs_and_own_pictures_go_without_its_word(monkeypatch):
+    from PIL import Image
+    from sdlearn.adapt import finetune
+    from sdlearn.load import load_sd
+    sd, got = load_sd(networks='own'), {}
+    def kept(*args, **kw): got.update(loss=args, rest=kw)
+    monkeypatch.setattr(finetune, 'lora_loss', kept)
+    monkeypatch.setattr(finetune, 'learn_lora', lambda unet, loss, steps, **kw: (unet is sd.unet, steps, kw))
+    monkeypatch.setattr(finetune, 'embed_prompts', lambda tokenizer, encoder, said: said)
+    colors = [Image.new('RGB', (200, 150), c) for c in ('red', 'blue', 'green')]*4
+    said = [f'a picture of {i}' for i in range(12)]
+    out = finetune.learn_look(sd, colors, said, 'zwx', ([colors[0]], ['a car']), 7, 3, lr=.1, rank=2)
+    latents, words, bs, schedule = got['loss']
+    assert out==(True, 7, dict(lr=.1, rank=2)) and bs==3 and schedule is sd.schedule
+    assert words==[*(f'{s}, zwx' for s in said), 'a car']
+    assert latents.shape==(13, 4, 16, 16) and torch.equal(latents[0], latents[-1])   # pictures keep their order
+    assert_close(latents[9:12], latents[:3], atol=1e-4, rtol=1e-4) 
+    assert (latents[0]-latents[1]).abs().mean()>.1
+    assert finetune.learn_look(sd, colors, said)[2]==dict(rank=8)
+    for bad, words in (((colors, said[:3]), 'each of 12 pictures, got 3'), ((colors, 'a fox'), "got 'a fox'"),
+                       ((colors[:1], said[:1]), 'got 1'), ((['x.png']*12, said), 'Image.open'),
+                       ((colors, said, 'zwx', (colors[:2], [])), 'each of 2 pictures, got 0')):
+        with pytest.raises(ValueError, match=words): finetune.learn_look(sd, *bad)

@@ -77,19 +77,21 @@ def _lies_scaled(text, path):
 def _check_said(said, path): # a picture from elsewhere may say anything
     from sdlearn.core import real, whole
     counts = 'steps', 'seed', 'height', 'width', 'n'
-    for k, v in ((k, v) for k, many in said.items() for v in _each(many)):
+    for k, v in ((k, v) for k, many in said.items() for v in _each(k, many)):
         numbers = whole if k in counts else real if k in ('guidance', 'strength') else None
         if (numbers(v) is None) if numbers else not (isinstance(v, str) and (v or k=='negative')):
             raise ValueError(f"expected {Path(path).name} to say what --{k} was, got {v!r}")
 
-def _each(said): return said if isinstance(said, list) else [said]
+def _each(k, said): # words and LoRAs come as lists
+    return said if said and isinstance(said, list) and k in ('word', 'lora') else [said]
 
 def _as_before(path, given): # options out of a picture, without those that are given anew
     said = {_names[k]: v for k, v in read_settings(path).items() if k in _names}
     said = {k: v for k, v in said.items() if k not in given}
     _check_said(said, path)
     for k in {'image', 'mask'}&said.keys(): said[k] = _lies(said[k], path)
-    for k in {'word', 'lora'}&said.keys(): said[k] = [_lies_scaled(v, path) for v in _each(said[k])]
+    for k in {'word', 'lora'}&said.keys():
+        said[k] = [_lies_scaled(v, path) for v in _each(k, said[k])]
     if 'n' in said: said['grid'] = True
     if said.get('model')=='pocket': said.pop('model')
     if 'model' in said and '/' not in said['model']:

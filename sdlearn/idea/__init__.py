@@ -1,1 +1,1 @@
-"The idea, on digits: score, noise, autoencoder, contrast"
+"The idea, on digits: score, noise, steps, classes, autoencoder, contrast"

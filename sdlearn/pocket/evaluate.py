@@ -381,7 +381,7 @@ def _plot_shares(ax, rows):
         ax.plot(*zip(*known), mark, ms=5+7*(mark=='r|'), label=kind.replace('_', ' '))
     ax.set_yticks(at, [f"{name} ({r['n']})" for name, r in rows.items()])
     ax.invert_yaxis()
-    ax.legend(loc='lower left')
+    ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=4)  # above, where no bar is hidden
 
 def _plot_guidance(ax, rows):
     scale = [*map(float, rows)]

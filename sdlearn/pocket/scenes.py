@@ -10,14 +10,14 @@ import hashlib
 from dataclasses import replace
 import numpy as np
 from PIL import Image
-from .atlas import core, cutout, find, nearest, subjects, unseen
+from .atlas import core, cutout, find, nearest, subjects
 from .backdrops import backdrop, picture_side, tinge
 from .captions import (Scene, backgrounds, caption, colorless, counts, partners,
                                      pick, places, relations, sizes, styles)
 from .looks import colors, stylize, tint
 
 # %% ../../nbs/61_scenes.ipynb #3de83cbd
-def _wobble(scene, rng): # wobble(.1) is a number in -.1...1, or 0 in the standard view
+def _wobble(scene, rng): # wobble(.1) is a number from -.1 to .1, or 0 in the standard view
     return lambda most: 0. if scene.seed is None else rng.uniform(-most, most)
 
 def _drawn(name, design, scene, rng): # one of the designs, chosen by the seed
