@@ -18,7 +18,7 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
-    sample load pipeline
+    sample load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
@@ -2038,6 +2038,85 @@ def test_dreambooth_reads_pictures_and_refuses(bundles):
                                         (grey, fox, fox, {}, 'rare word'), (grey, 'x', fox, dict(n=0), 'number of class pictures'),
                                         (grey, 'x', fox, dict(n=2.5), 'number of class pictures')):
         with pytest.raises(ValueError, match=said): learn_dreambooth(sd, ims, prompt, kind, steps=1, progress=False, **kw)
+
+# ---------------------------------------------------------------- imagic
+
+def imagic_sd(tmp_path):
+    from sdlearn.load import SD, load_sd
+    _, nets = tiny_networks()
+    return SD(load_sd(networks='own').tokenizer, nets['text_encoder'], nets['vae'], nets['unet'], tmp_path)
+
+def test_a_network_that_is_told_one_table_hears_no_other():
+    from sdlearn.adapt.imagic import Told
+    unet, latents, words = lora_task()
+    told = Told(unet, words)
+    with torch.no_grad():
+        assert_close(told(latents, 500, 7*words.expand(3, -1, -1)), unet(latents, 500, words.expand(3, -1, -1)))
+        told.words.add_(1.)
+        assert_close(told(latents, 500, None), unet(latents, 500, words.expand(3, -1, -1)+1))
+        unet.to(torch.bfloat16)                                            # a frozen network of half precision
+        assert told(latents, 500, None).dtype==torch.bfloat16 and told.words.dtype==torch.float32
+
+def test_only_the_table_is_trained_and_its_loss_falls():
+    from sdlearn.adapt.imagic import learn_sentence
+    from sdlearn.adapt.lora import lora_loss
+    unet, latents, words = lora_task()
+    loss, before = lora_loss(latents, words, 4), weights_of(dict(unet=unet))
+    for asked in (True, False):                                            # as somebody may have left it
+        unet.requires_grad_(asked)
+        found = learn_sentence(unet, loss, words, 8, lr=.05, progress=False)
+        assert same_bits(weights_of(dict(unet=unet)), before) and all(p.requires_grad==asked for p in unet.parameters())
+    def at(w):
+        with torch.no_grad(): return lora_loss(latents, w, 32)(unet, torch.Generator().manual_seed(7))
+    assert found.shape==words.shape and at(found)<at(words)-1e-4
+    assert torch.equal(learn_sentence(unet, loss, words, 0, progress=False), words)
+    with pytest.raises(ValueError, match='1,77,D'): learn_sentence(unet, loss, words[0], 1)
+
+def test_between_is_the_picture_at_0_and_the_wish_at_1():
+    import numpy as np
+    from sdlearn.adapt.imagic import between
+    found, wanted = torch.randn(1, 77, 6), torch.randn(1, 77, 6)
+    got = between(found, wanted, [0, .25, 1, 1.5])
+    assert_close(got, torch.cat([found, .75*found+.25*wanted, wanted, 1.5*wanted-.5*found]))
+    assert torch.equal(between(found, wanted, np.float32(1)), wanted)
+    for odd in ('half', [], [None], [float('nan')]):
+        with pytest.raises(ValueError, match='shares'): between(found, wanted, odd)
+
+def test_an_edit_is_found_first_and_tuned_at_what_was_found(tmp_path):
+    from PIL import Image
+    from sdlearn.adapt.imagic import between, draw_edit, learn_edit, learn_sentence
+    from sdlearn.adapt.lora import learn_lora, lora_loss, merge_lora
+    from sdlearn.core import images_to_tensor
+    from sdlearn.pipeline import generate_with_embs
+    from sdlearn.text import embed_prompts
+    from sdlearn.vae import encode
+    sd, kw = imagic_sd(tmp_path), dict(progress=False)
+    side = sd.unet.config.sample_size*8
+    picture = Image.effect_noise((side, side), 90).convert('RGB')
+    bits = weights_of(dict(unet=sd.unet))
+    edit = learn_edit(sd, picture, 'a fox in a hat', steps=(3, 2), rank=2, lr=(.03, .02), seed=5, **kw)
+    with torch.no_grad():
+        latents, wanted = encode(sd.vae, images_to_tensor(picture)), embed_prompts(sd.tokenizer, sd.text_encoder, 'a fox in a hat')
+    assert_close(edit.wanted, wanted)
+    found = learn_sentence(sd.unet, lora_loss(latents, wanted, 4, sd.schedule), wanted, 3, lr=.03, seed=5, **kw)
+    assert_close(edit.found, found)
+    assert not torch.equal(found, wanted)
+    pairs = learn_lora(sd.unet, lora_loss(latents, found, 4, sd.schedule), 2, rank=2, lr=.02, seed=5, **kw)
+    for k, p in pairs.items(): assert_close(edit.pairs[k].up, p.up)
+    assert same_bits(weights_of(dict(unet=sd.unet)), bits)
+    drawn = draw_edit(sd, edit, [.5, 1], seed=3, num_inference_steps=2, **kw)
+    assert same_bits(weights_of(dict(unet=sd.unet)), bits)                  # the LoRA is off again
+    undo = merge_lora(pairs, unet=sd.unet)
+    want = generate_with_embs(sd, between(found, wanted, [.5, 1]), 2, seed=[3, 3], **kw)
+    undo()
+    assert [a.tobytes() for a in drawn]==[b.tobytes() for b in want]
+    for bad, said in (((None, 'x'), 'one PIL picture'), (([picture], 'x'), 'one PIL picture'), ((picture, ''), 'become')):
+        with pytest.raises(ValueError, match=said): learn_edit(sd, *bad, **kw)
+    for bad in (3, (3,), (1, 2, 3)):
+        with pytest.raises(ValueError, match='two numbers'): learn_edit(sd, picture, 'x', steps=bad, **kw)
+        with pytest.raises(ValueError, match='two numbers'): learn_edit(sd, picture, 'x', lr=bad, **kw)
+    with pytest.raises(ValueError): draw_edit(sd, edit, ['half'])
+    assert same_bits(weights_of(dict(unet=sd.unet)), bits)
 
 # ---------------------------------------------------------------- inversion
 
