@@ -173,7 +173,7 @@ def appearing(
     "Pictures on the way from noise"
     plan = make_plan(sampler, steps, sd.schedule)
     for step in denoise(plan, eps_fn, *_start(sd, plan, seeds), progress=False):
-        if step.i%every==0: yield _picture(sd, step.x0)
+        if step.i and step.i%every==0: yield _picture(sd, step.x0)
     yield _picture(sd, step.x_next)
 
 def sketched(
