@@ -10,16 +10,14 @@ import copy
 from typing import Callable
 import torch
 from torch import Tensor
-from .inversion import square
+from .inversion import encoded
 from .lora import ask_network, draw_batch, learn_lora, lora_loss
-from ..configs import latent_side
 from ..core import check_number, images_to_tensor, whole
 from ..judge import load_clip, pixel_features
 from ..pipeline import txt2img
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at
 from ..text import embed_prompts
 from ..train import fit
-from ..vae import encode
 
 # %% ../../nbs/42_dreambooth.ipynb #dcb4eae2
 def class_pictures(
@@ -48,10 +46,8 @@ def encode_pairs(
     if not pictures or len(prompts) not in (1, len(pictures)):
         raise ValueError("expected at least one picture, and one prompt for all or one for each, "
                          f"got {len(pictures)} pictures and {len(prompts)} prompts")
-    side = 8*latent_side(sd.unet.config)
-    pixels = images_to_tensor([square(p, side) for p in pictures]).to(sd.device, sd.dtype)
     words = embed_prompts(sd.tokenizer, sd.text_encoder, prompts)
-    return encode(sd.vae, pixels).float(), words.float()
+    return encoded(sd, pictures), words.float()
 
 # %% ../../nbs/42_dreambooth.ipynb #6903d6e6
 def prior_loss(

@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from .inversion import square
+from .inversion import encoded
 from .lora import learn_lora, lora_loss
-from ..configs import latent_side
 from ..core import images_to_tensor
 from ..judge import scores
 from ..pocket.atlas import cell, folder
 from ..pocket.backdrops import picture_side
 from ..pocket.captions import article
 from ..text import embed_prompts
-from ..vae import encode
 
 # %% ../../nbs/43_finetune.ipynb #7082cfe4
 def on_white(
@@ -106,9 +104,7 @@ def encode_pictures(
     pictures:list, # PIL pictures, any size and mode: their middle is taken
 )->Tensor:         # (N,4,h,w) latents
     "Pictures as the UNet sees them, eight at a time"
-    side = 8*latent_side(sd.unet.config)
-    return torch.cat([encode(sd.vae, images_to_tensor([square(p, side) for p in pictures[i:i+8]]))
-                      for i in range(0, len(pictures), 8)])
+    return torch.cat([encoded(sd, pictures[i:i+8]) for i in range(0, len(pictures), 8)])
 
 # %% ../../nbs/43_finetune.ipynb #6879cccb
 def _check_look(pictures, captions, own):

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from PIL import Image
-from .inversion import square
+from .inversion import encoded
 from .lora import learn_lora, lora_loss, merge_lora
-from ..core import as_path, check_tensor, images_to_tensor, real
-from ..pipeline import encode_prompt, generate_with_embs, native_size
+from ..core import as_path, check_tensor, real
+from ..pipeline import encode_prompt, generate_with_embs
 from ..train import fit
-from ..vae import encode
 
 # %% ../../nbs/44_imagic.ipynb #5ad7a918
 class Told(nn.Module):
@@ -83,8 +82,7 @@ def _picture(sd, picture): # (1,4,h,w), float32
     if not isinstance(picture, Image.Image):
         raise ValueError(f"expected one PIL picture, got {type(picture).__name__}. "
                          "Open a file with PIL.Image.open(path).")
-    pixels = images_to_tensor(square(picture, native_size(sd)))
-    with torch.no_grad(): return encode(sd.vae, pixels.to(sd.device, sd.dtype)).float()
+    return encoded(sd, [picture])
 
 def _sentence(sd, sentence): # (1,77,D); says which words are unknown
     if not isinstance(sentence, str) or not sentence.strip():

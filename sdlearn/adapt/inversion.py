@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['subject_captions', 'vectors_of', 'new_words', 'with_words', 'word_embeds', 'word_states', 'check_token', 'add_words',
-           'save_word', 'read_words', 'write_words', 'Word', 'word_loss', 'start_rows', 'square', 'moved', 'learn_word']
+           'save_word', 'read_words', 'write_words', 'Word', 'word_loss', 'start_rows', 'square', 'moved', 'encoded',
+           'learn_word']
 
 # %% ../../nbs/40_inversion.ipynb #0d24f9bf
 import copy, json, re, warnings
@@ -336,7 +337,11 @@ def moved(
     return ((rows-start).norm()/start.norm()).item()
 
 @torch.no_grad()
-def _encoded(sd, pictures): # (P,4,h,w), float32
+def encoded(
+    sd,            # Anything with `vae` and `unet`
+    pictures:list, # PIL pictures, of any size and mode: the middle square is taken
+)->Tensor:         # (P,4,h,w) latents, float32
+    "Pictures as the UNet sees them"
     side = 8*latent_side(sd.unet.config)
     pixels = images_to_tensor([square(p, side) for p in pictures])
     return encode(sd.vae, pixels.to(next(sd.vae.parameters()))).float()
@@ -360,7 +365,7 @@ def learn_word(
     if (whole(vectors) or 0)<1: raise ValueError(f"expected 1 vector or more, got {vectors!r}")
     check_token(sd.tokenizer, token)
     start = start_rows(sd, start_word, vectors)
-    latents = _encoded(sd, pictures)
+    latents = encoded(sd, pictures)
     ids = _caption_ids(sd, _tokens(token, vectors), captions, len(pictures))
     word = Word(start)
     lr = .1*start[0].std().item()    # .02 on pocket, .0013 on SD v1
