@@ -23,6 +23,7 @@ def parser()->argparse.ArgumentParser:
     add('prompt', nargs='?', help='what to draw, e.g. "A watercolor painting of an otter"')
     add('-o', '--output', help='file to write (.png, .jpg, .webp); out.png')
     add('--negative', help='what to move away from')
+    add('--fast', action='store_true', help='draw in four steps, with the student of pocket')
     add('--steps', type=int, help='denoising steps, 1 to 1000; 30')
     add('--guidance', type=float, help='guidance scale, 1 is off; what the checkpoint recommends')
     add('--seed', type=int, help='a number; a random one is chosen and printed')
@@ -47,13 +48,13 @@ def parser()->argparse.ArgumentParser:
     add('--version', action='version', version=f'sdlearn {__version__}')
     return p
 
-_usual = dict(prompt=None, output='out.png', negative='', steps=30, guidance=None, seed=None,
-              sampler='dpmpp_2m', n=1, grid=False, gif=None, height=None, width=None, image=None,
-              mask=None, strength=None, again=None, model=None, device=None, word=(), lora=())
+_usual = dict(prompt=None, output='out.png', negative='', steps=None, guidance=None, seed=None,
+              sampler=None, n=1, grid=False, gif=None, height=None, width=None, image=None,
+              mask=None, strength=None, again=None, model=None, device=None, word=(), lora=(), fast=False)
 _names = dict(prompt='prompt', negative_prompt='negative', num_inference_steps='steps',
               guidance_scale='guidance', seed='seed', sampler='sampler', strength='strength',
               height='height', width='width', n='n', model='model', image='image', mask='mask',
-              word='word', lora='lora')
+              word='word', lora='lora', fast='fast')
 
 _are_names = 'output', 'gif', 'image', 'mask', 'again', 'model', 'device', 'sampler'
 
@@ -78,6 +79,7 @@ def _check_said(said, path): # a picture from elsewhere may say anything
     from sdlearn.core import real, whole
     counts = 'steps', 'seed', 'height', 'width', 'n'
     for k, v in ((k, v) for k, many in said.items() for v in _each(k, many)):
+        if k=='fast' and v is True: continue
         numbers = whole if k in counts else real if k in ('guidance', 'strength') else None
         if (numbers(v) is None) if numbers else not (isinstance(v, str) and (v or k=='negative')):
             raise ValueError(f"expected {Path(path).name} to say what --{k} was, got {v!r}")
@@ -87,7 +89,8 @@ def _each(k, said): # words and LoRAs come as lists
 
 def _as_before(path, given): # options out of a picture, without those that are given anew
     said = {_names[k]: v for k, v in read_settings(path).items() if k in _names}
-    said = {k: v for k, v in said.items() if k not in given}
+    left = {'steps', 'sampler', 'guidance'} if 'fast' in given else set() # a student has its own
+    said = {k: v for k, v in said.items() if k not in {*given}|left}
     _check_said(said, path)
     for k in {'image', 'mask'}&said.keys(): said[k] = _lies(said[k], path)
     for k in {'word', 'lora'}&said.keys():
@@ -123,6 +126,7 @@ def settings(
     files = {k: Path(v).name for k, v in dict(image=args.image, mask=args.mask).items() if v}
     learned = dict(word=args.word, lora=args.lora)
     files |= {k: [Path(f).name for f in v] for k, v in learned.items() if v}
+    if args.fast: files['fast'] = True
     said = dict(prompt=args.prompt, negative_prompt=args.negative or None, seed=seed,
                 num_inference_steps=args.steps, guidance_scale=args.guidance,
                 sampler=args.sampler, strength=args.strength, model=_model_name(args.model),
@@ -215,7 +219,8 @@ def _load(args, half=True):
     from sdlearn.load import load_sd
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     half = half and args.model and str(device).startswith('cuda')
-    return load_sd(args.model, device, torch.float16 if half else torch.float32, networks='own')
+    return load_sd(args.model, device, torch.float16 if half else torch.float32, networks='own',
+                   fast=getattr(args, 'fast', False))
 
 def _load_learned(sd, args): # words and LoRAs, on top of it
     for file in args.word: sd.load_word(file)
@@ -295,7 +300,9 @@ def make_pictures(
     seed = random.randrange(2**31) if args.seed is None else args.seed
     print(f'seed {seed}', flush=True)
     sd = _load_learned(_load(args), args)
-    if args.guidance is None: args.guidance = sd.guidance_scale
+    own = dict(guidance=sd.guidance_scale, steps=sd.num_inference_steps, sampler=sd.sampler)
+    for k, v in own.items(): # a picture remembers what was taken
+        if getattr(args, k) is None: setattr(args, k, v)
     pictures = _draw(args, sd, seed, frames)
     if args.grid: _write_grid(pictures, files[0], args, seed)
     else:

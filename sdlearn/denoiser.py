@@ -68,6 +68,9 @@ def noise_predictor(
                          f"got {tuple(text_embeddings.shape)}")
     uncond, text = text_embeddings.chunk(2)
     scale = check_scale(scale)
+    if (folded := getattr(sd, 'folded', None)) is not None and scale!=1:
+        raise ValueError(f"expected no guidance_scale, got {scale:g}: a scale of {folded:g} is in "
+                         "this student's weights. load_sd() without fast takes any.")
     def ask(x, sigma, t, words):
         x_in = scale_input(x, sigma)
         said = predict_noise(unet, x_in.to(text.dtype), t, words).to(x.dtype)

@@ -24,6 +24,7 @@ from .text import TextEncoder, flat_keys, nested_keys
 from .vae import VAE
 from .unet import UNet
 from .adapt.lora import merge_lora, read_lora
+from .fast.student import Made, read_made, read_student, student_file
 
 # a lesson of their own, still found here
 _all_ = ['check_folder', 'find_checkpoint', 'pieces', 'pocket_path', 'weights_file']
@@ -100,6 +101,9 @@ class SD:
     path:Path            # The folder or file it came from
     guidance_scale:float=7.5 # What the checkpoint recommends: 7.5 for SD v1, less for pocket
     schedule:Schedule=Schedule() # Its noise levels, and what its network predicts
+    num_inference_steps:int=30   # Taken where none are asked for
+    sampler:str='dpmpp_2m'       # The same
+    folded:float=None # A student's: the guidance that is in its weights; it draws as above alone
     undo:list=field(default_factory=list) # Takes back what was put on it, see `unload`
 
     @property
@@ -141,9 +145,11 @@ class SD:
             millions = sum(p.numel() for p in net.parameters())/1e6
             return f'  {name:13} {kind}, {millions:.1f} M numbers{note}'
         side = 8*latent_side(self.unet.config)
+        student = '' if self.folded is None else (f', a student: {self.num_inference_steps} steps '
+                  f'of {self.sampler}, guidance {self.folded:g} folded in')
         return '\n'.join([
             f'SD from {Path(self.path).name}, {self.dtype} on {self.device}, '
-            f'guidance_scale {self.guidance_scale:g}, {self.schedule.prediction_type}',
+            f'guidance_scale {self.guidance_scale:g}, {self.schedule.prediction_type}{student}',
             f'  {"tokenizer":13} {type(self.tokenizer).__name__}, {len(self.tokenizer)} tokens',
             line('text_encoder', self.text_encoder, ''), line('vae', self.vae, ''),
             line('unet', self.unet, f', for pictures of {side} pixels')])
@@ -177,11 +183,20 @@ def _load_file(file, networks): # one file of SD 1.x; the words are pocket's, wh
     return (_their_tokenizer(pocket_path()/'tokenizer'),
             *(_fill(net, states[p], file.name) for p, net in zip(_ours, nets)))
 
-def _read_notes(path): # guidance scale and schedule
-    if path.is_file(): return 7.5, replace(SD_V1, prediction_type=predicts(path))
+def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
+    if path.is_file(): return dict(schedule=replace(SD_V1, prediction_type=predicts(path)))
     said = read_json(path/'scheduler'/'scheduler_config.json')
     scale = said.get('_guidance_scale', read_json(path/'pocket.json').get('guidance_scale', 7.5))
-    return check_number(scale, 'a guidance_scale in the settings', 0), read_schedule(said)
+    notes = dict(guidance_scale=check_number(scale, 'a guidance_scale in the settings', 0),
+                 schedule=read_schedule(said))
+    if '_student' not in said: return notes
+    return notes|read_made(said['_student']).settings(notes['schedule'])
+
+def _put_student(sd, fast): # the same networks, with another way to draw
+    file = sd.path/'fast'/student_file if fast is True else as_path(fast, 'a file')
+    made = read_student(file)
+    merge_lora(read_lora(file, sd.unet), unet=sd.unet)
+    return replace(sd, **made.settings(sd.schedule))
 
 # diffusers changes torch.nn while it loads: two at a time would get each other's halves
 _one_by_one = threading.Lock()
@@ -201,6 +216,8 @@ def load_sd(
     # 'diffusers': the ecosystem's own objects.
     # 'own': the networks of these lessons, without importing diffusers
     networks:str='diffusers',
+    # True: the checkpoint's student of few steps, or a file of `save_student`
+    fast=False,
 )->SD:                      # In evaluation mode, gradients off
     "Load Stable Diffusion: pocket, 1.4, 1.5 or anything in their layout"
     if networks not in ('diffusers', 'own'):
@@ -210,14 +227,15 @@ def load_sd(
     device = usable_device(device, dtype)
     variant = 'fp16' if dtype==torch.float16 else None
     path = find_checkpoint(name, variant)
-    scale, schedule = _read_notes(path)
+    notes = _read_notes(path)
     load = _load_ours if networks=='own' else _load_theirs
     with _one_by_one:
         tokenizer, *nets = _load_file(path, networks) if path.is_file() else load(path, variant)
     tokenizer = with_words(check_tokenizer(tokenizer))
     _check_words(tokenizer, nets[0])
     for net in nets: net.eval().requires_grad_(False)
-    return SD(tokenizer, *nets, path, scale, schedule).to(device, dtype)
+    sd = SD(tokenizer, *nets, path, **notes)
+    return (_put_student(sd, fast) if fast else sd).to(device, dtype)
 
 # %% ../nbs/96_load.ipynb #4c839b45
 _weights = dict(text_encoder='model.safetensors', vae='diffusion_pytorch_model.safetensors',
@@ -262,10 +280,14 @@ def _write_notes(sd, folder): # the solver that was there, with the schedule as 
     before = read_json(sd.path/'scheduler'/'scheduler_config.json') if sd.path.is_dir() else {}
     said = {k: v for k, v in asdict(sd.schedule).items() if v is not None}
     solver = (before or scheduler_config)|said|dict(_guidance_scale=sd.guidance_scale)
+    if sd.folded is not None: solver |= dict(_student=_made(sd)._asdict())
     (folder/'scheduler').mkdir()
     _write_json(folder/'scheduler'/'scheduler_config.json', solver)
     _write_json(folder/'model_index.json',
                 model_index|dict(scheduler=['diffusers', solver['_class_name']]))
+
+def _made(sd): # what a student was made for
+    return Made(sd.num_inference_steps, sd.sampler, sd.schedule.timestep_spacing, sd.folded)
 
 def _copy_rest(sd, folder): # vocabulary, and pocket's image encoder and facts
     home = sd.path if sd.path.is_dir() else pocket_path()

@@ -281,13 +281,14 @@ def save_lora(
     pairs:dict,             # 'unet.<name of a layer>' -> `Pair`
     file,                   # A .safetensors file; replaced whole
     layout:str='diffusers', # Or 'kohya', which AUTOMATIC1111 and ComfyUI read
+    notes:dict=None,        # name -> text to keep in the file beside the numbers
 )->Path:
     "Write a LoRA that others read"
     from safetensors.torch import save_file
     file = _safetensors(file)
     if layout not in ('diffusers', 'kohya'):
         raise ValueError(f"expected a layout 'diffusers' or 'kohya', got {layout!r}")
-    arrays, notes = {}, dict(format='pt')
+    arrays, notes = {}, dict(notes or {}, format='pt')
     for key, p in pairs.items():
         name = _diffusers_name(key) if layout=='diffusers' else _kohya_name(key)
         down, up = ('lora_A', 'lora_B') if layout=='diffusers' else ('lora_down', 'lora_up')
