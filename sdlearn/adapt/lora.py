@@ -197,6 +197,18 @@ def _check_pairs(latents, words):
         raise ValueError(f"expected one text embedding, or one for each of {len(latents)} "
                          f"pictures, got {tuple(words.shape)}. embed_prompts makes them.")
 
+@torch.no_grad()
+def _go_on_from(pairs, low): # the layers' numbers become those of the pairs
+    if {*pairs}!={f'unet.{k}' for k in low}:
+        raise ValueError("expected start= to have a pair for each of the layers that are trained, "
+                         f"got {len(pairs)} for {len(low)}. The same names= gave it?")
+    for k, m in low.items():
+        pair = pairs[f'unet.{k}']
+        if pair.down.shape!=m.down.weight.shape:
+            raise ValueError(f"expected a start of rank {len(m.down.weight)}, got {pair.rank}")
+        m.down.weight.copy_(pair.down)
+        m.up.weight.copy_(pair.up)
+
 def learn_lora(
     unet,                     # Our UNet or diffusers'; ends as it was
     loss_fn,                  # From `lora_loss`, or of your own: loss_fn(unet, generator)
@@ -204,14 +216,17 @@ def learn_lora(
     path=None,                # State file: resumed from when it exists
     rank:int=4,               # Of every change
     alpha:float=None,         # Strength, divided by the rank; None: the rank
+    names=attention_names,    # How the names of the wanted layers end
+    start:dict=None,          # What was learned before, to go on from; None: nothing
     # lr, seed, warmup, ema, preview, progress ...: as in `fit`. 4e-3 suits pocket, SD v1 wants 1e-4
     **settings,
 )->dict:                      # 'unet.<name of a layer>' -> `Pair`
     "Train low-rank changes of the attention layers, and nothing else"
     frozen = {k: p.requires_grad for k, p in unet.named_parameters()}
-    put_lora(unet, rank, alpha, seed=settings.get('seed', 0))
+    low = put_lora(unet, rank, alpha, names, seed=settings.get('seed', 0))
+    if start is not None: _go_on_from(start, low)
     # what is told here is compared when a run is resumed
-    def loss(net, g, told=(rank, alpha)): return loss_fn(net, g)
+    def loss(net, g, told=(rank, alpha, [*names])): return loss_fn(net, g)
     try:
         fit(unet, loss, steps, path, **dict(lr=4e-3, warmup=10, ema=.97)|settings)
         return lora_pairs(unet=unet)

@@ -81,7 +81,7 @@ combinations that were in no training. ± is the standard error of a share of so
 
 {rest}
 
-## Known failures
+{student}## Known failures
 
 {failures}
 """
@@ -117,6 +117,20 @@ def _rest(m): # of what was measured
         _columns('steps', steps, n='pictures', rms='distance to 50 steps',
                  subject='subject, top-1 by CLIP')])
 
+def _student(m, teacher): # of its numbers, beside those of the card
+    if not m: return ''
+    both = [[name, row['n'], _share(row, 'clip'), _share(teacher[name], 'clip'),
+             _share(row, 'pixels'), _share(teacher[name], 'pixels')]
+            for name, row in m['shares'].items() if name in teacher]
+    heads = [['what', 'pictures', 'student, CLIP', 'teacher, CLIP', 'student, pixels',
+              'teacher, pixels'], ['---']*6]
+    return '\n\n'.join([
+        '## The student of few steps, by `python -m sdlearn.pocket evaluate --fast`',
+        f"{m['settings']['num_inference_steps']} steps, guidance in its weights: `load_sd(fast=True)`. "
+        "The teacher's numbers are those above.",
+        '\n'.join(map(_line, heads+both)),
+        f"Variety between seeds is {m['variety']['ratio']} of that between true pictures."])+'\n\n'
+
 def _listed(items): return '\n'.join(f'- {item}' for item in items)
 
 def model_card(
@@ -127,10 +141,12 @@ def model_card(
     m = known.get('metrics') or {}
     settings = ', '.join(f'{k} {v}' for k, v in m.get('settings', {}).items())
     return _head+_card.format(
-        size=sum(f.stat().st_size for f in _folder(path).rglob('*.safetensors'))/1e6,
+        size=sum(f.stat().st_size for f in _folder(path).rglob('*.safetensors')
+                 if 'fast' not in f.relative_to(_folder(path)).parts)/1e6,
         subjects=known['subjects'], guidance=known.get('guidance_scale', 7.5),
         settings=settings or 'nothing yet', training=_listed(known.get('training', [])),
         shares=_share_rows(m.get('shares', {})), rest=_rest(m) if 'vae' in m else '',
+        student=_student(known.get('student'), m.get('shares', {})),
         failures=_listed(known.get('failures', [])))
 
 def write_card(

@@ -6,7 +6,7 @@
 __all__ = ['first_new', 'many', 'few', 'guidance_scales', 'examples', 'rivals', 'by_clip', 'moved', 'by_pixels', 'named_right',
            'true_pictures', 'draw_all', 'evaluate_kind', 'variety', 'evaluate_variety', 'clip_score',
            'evaluate_guidance', 'evaluate_steps', 'there_and_back', 'corner', 'specks', 'coloured_grounds',
-           'evaluate_vae', 'framed', 'plot_page', 'evaluate', 'asked_recipe', 'main']
+           'evaluate_vae', 'framed', 'plot_page', 'evaluate', 'asked_recipe', 'student_prompts', 'main']
 
 # %% ../../nbs/65_evaluate.ipynb #9a70bf30
 import argparse, json, time
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch.nn import functional as F
 from ..core import image_grid, images_to_tensor
+from ..fast.student import train_student
 from ..idea.autoencoder import psnr
 from ..judge import load_clip, pixel_features, share
 from ..load import load_sd
@@ -364,6 +365,7 @@ def _some(n): return subjects(core)[::core//n][:n]
 def _measure(sd, n, **kw): # the numbers, the sheets
     shares, sheets = _shares(sd, n, **kw)
     varied, sheets['seeds'] = evaluate_variety(sd, _some(n['varied']), **kw)
+    if sd.folded is not None: return dict(shares=shares, variety=varied), sheets
     guided, sheets['guidance'] = evaluate_guidance(sd, _some(n['guided']), guidance_scales, **kw)
     steps = evaluate_steps(sd, _some(n['stepped']), **kw)
     vae = evaluate_vae(sd.vae, n['vae'], n['vae']//4)
@@ -415,6 +417,7 @@ def _write_out(folder, m, sheets):
     for name, images in sheets.items():
         columns = {'seeds': 3, 'guidance': len(images)//len(guidance_scales)}.get(name, 8)
         image_grid(images, cols=columns).save(folder/f"{name.replace(', ', '-')}.png")
+    if 'guidance' not in m: return    # of a student
     fig = plot_page(m)
     fig.savefig(folder/'plots.png', dpi=100)
     plt.close(fig)
@@ -426,12 +429,14 @@ def evaluate(
     sampler:str='dpmpp_2m',     # As in `txt2img`
     n:dict=many,                # Pictures of each kind: `many`, `few`, or your own
     out=None,                   # Folder that gets contact sheets and a page of plots
+    fast=False,                 # Of its student, which has steps, scale and sampler of its own
 )->dict:                        # The numbers of the model card
     "Measure a checkpoint: run this before its weights are replaced"
     from tqdm.auto import tqdm
-    sd, start = load_sd(path, networks='own'), time.time()
+    sd, start = load_sd(path, networks='own', fast=fast), time.time()
     kw = dict(num_inference_steps=num_inference_steps, sampler=sampler,
               guidance_scale=sd.guidance_scale if guidance_scale is None else guidance_scale)
+    if fast: kw = {k: getattr(sd, k) for k in kw}
     with tqdm(total=_pictures(n), desc='drawing') as bar:
         m, sheets = _measure(sd, n, bar=bar, **kw)
     m = dict(settings=kw, minutes=round((time.time()-start)/60, 1))|m
@@ -457,9 +462,16 @@ def _evaluate_options(add):
     add('--quick', action='store_true', help='fewer pictures: five minutes on two cores')
     add('--keep', action='store_true', help='write the numbers into pocket.json and the card')
     add('--out', metavar='FOLDER', help='gets contact sheets and a page of plots')
+    add('--fast', action='store_true', help='measure the student of few steps')
     add('--steps', type=int, default=20)
     add('--guidance', type=float)
     add('--sampler', default='dpmpp_2m')
+
+def _student_options(add):
+    add('--run', default='runs/student', help='folder for paths and states; resumed from it')
+    add('--out', default='runs/student/pytorch_lora_weights.safetensors', help='the file')
+    add('--paths', type=int, default=8192, help='drawings of the teacher to learn from')
+    add('--steps', type=int, nargs=2, default=(2000, 600), help='of single steps, whole paths')
 
 def _parser():
     p = argparse.ArgumentParser('sdlearn.pocket',
@@ -467,6 +479,7 @@ def _parser():
     sub = p.add_subparsers(dest='do', required=True)
     _train_options(sub.add_parser('train', help='train from zero, or resume').add_argument)
     _evaluate_options(sub.add_parser('evaluate', help='measure a checkpoint').add_argument)
+    _student_options(sub.add_parser('student', help='distil it to four steps').add_argument)
     sub.add_parser('card', help='write the model card again').add_argument('path', nargs='?')
     return p
 
@@ -485,11 +498,24 @@ def _train(a):
     print(recipe.train(a.run, a.out, asked_recipe(a, recipe), **more))
 
 def _evaluate(a):
-    m = evaluate(a.path, a.steps, a.guidance, a.sampler, few if a.quick else many, a.out)
+    n = few if a.quick else many
+    m = evaluate(a.path, a.steps, a.guidance, a.sampler, n, a.out, a.fast)
     print(json.dumps(m, indent=1))
     if a.keep:
-        update_facts(a.path, metrics=m)
+        update_facts(a.path, **{'student' if a.fast else 'metrics': m})
         write_card(a.path)
+
+def student_prompts(
+    n:int, # How many
+)->list:   # Captions
+    "Every fourth is a subject alone, in turn; the others are captions of scenes to train on"
+    names = subjects()
+    return [caption(Scene(names[i//4%len(names)]) if i%4==0 else scene(2*10**6+i))
+            for i in range(n)]
+
+def _student(a):
+    sd = load_sd(networks='own')
+    print(train_student(sd, student_prompts(a.paths), a.run, a.out, a.steps))
 
 def _card(a):
     write_card(a.path)
@@ -498,10 +524,10 @@ def _card(a):
 def main(
     argv:list=None, # Arguments; those of the command line when missing
 ):
-    "python -m sdlearn.pocket train | evaluate | card"
+    "python -m sdlearn.pocket train | student | evaluate | card"
     p = _parser()
     a = p.parse_args(argv)
     if a.do=='evaluate' and a.keep and a.quick:
         p.error('expected --keep without --quick: the card has the numbers of many pictures')
-    try: dict(train=_train, evaluate=_evaluate, card=_card)[a.do](a)
+    try: dict(train=_train, student=_student, evaluate=_evaluate, card=_card)[a.do](a)
     except (ValueError, FloatingPointError) as e: p.error(str(e))
