@@ -73,17 +73,17 @@ def between(
     sigmas = [*(sigma_at(t, schedule) for t in ts), plan.sigmas[-1]]
     return plan._replace(rule=dpmpp_2m, timesteps=ts, sigmas=sigmas)
 
-# %% ../../nbs/53_student.ipynb #a3de8827
+# %% ../../nbs/53_student.ipynb #9c2dbe4d
 @torch.no_grad()
 def teacher_paths(
     sd,             # `SD` bundle, the teacher
     emb:Tensor,     # (2B,77,D) text embeddings, the unconditional half first
     noise:Tensor,   # (B,4,h,w) standard normal
     made=Made(),    # What the student shall be made for
-    steps=None,     # The teacher's in each of the student's; None: 6, 3, then 2
+    steps=None,     # The teacher's in each of the student's; None: 4, then 3 each
 )->Tensor:          # (B,n+1,4,h,w): at the student's n stops, scaled to std about 1, and clean
     "Where a guided drawing passes by"
-    steps = steps or ([6, 3]+[2]*made.num_inference_steps)[:made.num_inference_steps]
+    steps = steps or (4, *[3]*(made.num_inference_steps-1))
     plan = between(made.plan(sd.schedule), steps, sd.schedule)
     stops = {sum(steps[:i]) for i in range(len(steps))}
     ask = noise_predictor(sd, emb, made.folded)
@@ -136,18 +136,19 @@ def student_layers(
     return [k for k, m in unet.named_modules()
             if isinstance(m, (nn.Linear, nn.Conv2d)) and k!='conv_in']
 
-# %% ../../nbs/53_student.ipynb #4091542a
+# %% ../../nbs/53_student.ipynb #b49b61a8
 def whole_path(
     unet,         # The student
-    noise:Tensor, # (B,4,h,w) standard normal
+    first:Tensor, # (B,4,h,w) at the first stop, scaled to std about 1
     words:Tensor, # (B,77,D)
     plan,         # Its own, from `Made.plan`
 )->list:          # n latents (B,4,h,w): after each step, scaled to std about 1
     "All steps in a row, each from where the last one came out; gradients flow through them all"
+    x = unscale_input(first, plan.sigmas[0])
     def ask(x, sigma, t):
         t = torch.full((len(x),), t, device=x.device)
         return ask_network(unet, scale_input(x, sigma), t, words)
-    return [scale_input(s.x_next, s.sigma_next) for s in sample(plan, ask, plan.start(noise))]
+    return [scale_input(s.x_next, s.sigma_next) for s in sample(plan, ask, x)]
 
 def whole_path_loss(
     paths:Tensor, # (N,n+1,4,h,w), from `teacher_paths`
@@ -197,7 +198,7 @@ def read_student(
         raise ValueError(f"expected {file.name} to say what its student was made for. {cure}")
     return read_made(json.loads(said))
 
-# %% ../../nbs/53_student.ipynb #b4c67120
+# %% ../../nbs/53_student.ipynb #12e3c864
 def _write_paths(file, sd, prompts, seed, made): # one block, whole or not there
     from safetensors.torch import save_file
     emb = embed_prompts(sd.tokenizer, sd.text_encoder, ['']*len(prompts)+prompts).to(sd.dtype)
@@ -230,7 +231,7 @@ def train_student(
     prompts:list,  # What paths are drawn for
     run,           # Folder for paths and states: a run is resumed from it
     out,           # The student's file, .safetensors
-    steps=(2000, 600), # Optimiser steps on single steps, then on whole paths
+    steps=(1000, 0), # Optimiser steps on single steps, then on whole paths
     made=Made(),   # What the student shall be made for
     rank:int=24,   # Of its LoRA
 )->Path:           # `out`
@@ -241,6 +242,6 @@ def train_student(
     how = dict(rank=rank, names=names, warmup=50, decay=True, ema=.99, weight_decay=0.)
     def learn(loss, n, name, **more): # one stage; a state that is there is gone on with
         return learn_lora(sd.unet, loss(*data, plan), n, run/name, **how, **more)
-    pairs = learn(path_loss, steps[0], 'single.state', lr=1.5e-3)
+    pairs = learn(path_loss, steps[0], 'single.state', lr=1e-3)
     if steps[1]: pairs = learn(whole_path_loss, steps[1], 'whole.state', lr=5e-4, start=pairs)
     return save_student(pairs, made, out)

@@ -470,8 +470,8 @@ def _evaluate_options(add):
 def _student_options(add):
     add('--run', default='runs/student', help='folder for paths and states; resumed from it')
     add('--out', default='runs/student/pytorch_lora_weights.safetensors', help='the file')
-    add('--paths', type=int, default=8192, help='drawings of the teacher to learn from')
-    add('--steps', type=int, nargs=2, default=(2000, 600), help='of single steps, whole paths')
+    add('--paths', type=int, default=6144, help='drawings of the teacher to learn from')
+    add('--steps', type=int, nargs=2, default=(1000, 0), help='of single steps, whole paths')
 
 def _parser():
     p = argparse.ArgumentParser('sdlearn.pocket',
