@@ -2652,3 +2652,49 @@ def test_a_look_is_learned_from_pairs_and_own_pictures_go_without_its_word(monke
                        ((colors[:1], said[:1]), 'got 1'), ((['x.png']*12, said), 'Image.open'),
                        ((colors, said, 'zwx', (colors[:2], [])), 'each of 2 pictures, got 0')):
         with pytest.raises(ValueError, match=words): finetune.learn_look(sd, *bad)
+
+def test_a_student_lands_where_its_teacher_passes():
+    import types
+    from sdlearn.fast.student import Made, between, landing_error, read_made
+    from sdlearn.schedule import sigma_at
+    plan = Made().plan()
+    assert plan.timesteps==[999, 749, 499, 249] and plan.sigmas[-1]==0
+    fine = between(plan, (4, 3, 3, 3))
+    assert {*plan.timesteps}<{*fine.timesteps} and len(fine.timesteps)==13 and fine.timesteps[-1]==249-500/3
+    assert fine.sigmas==[*map(sigma_at, fine.timesteps), 0.] and fine.start_std==plan.start_std
+    with pytest.raises(ValueError, match='4 numbers'): between(plan, (4, 3))
+    class Says(torch.nn.Module): # the same noise whatever it sees
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+            self.config = types.SimpleNamespace(in_channels=4, cross_attention_dim=3)
+        def forward(self, x_in, t, words):
+            assert t.tolist()==[749.]*2
+            return torch.full_like(x_in, .5)
+    s, s_next = sigma_at(749), sigma_at(499)
+    paths = torch.randn(2, 5, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    x = paths[:, 1]*(s**2+1)**.5+(s_next-s)*.5           # Euler's step
+    paths[:, 2] = x/(s_next**2+1)**.5
+    i, words = torch.tensor([1, 1]), torch.zeros(2, 77, 3)
+    assert landing_error(Says(), paths, words, i, plan).max()<1e-10
+    paths[:, 2] += .1
+    torch.testing.assert_close(landing_error(Says(), paths, words, i, plan), torch.full((2,), .01), rtol=1e-3, atol=0)
+    for odd in (None, {}, Made()._asdict()|dict(sampler='fast'), Made()._asdict()|dict(num_inference_steps=0)):
+        with pytest.raises(ValueError): read_made(odd)
+
+def test_a_student_is_drawn_with_in_no_other_way():
+    import tempfile
+    from sdlearn.load import load_sd
+    from sdlearn.pipeline import plan_for
+    sd = load_sd(networks='own', fast=True)
+    assert (sd.num_inference_steps, sd.sampler, sd.guidance_scale, sd.folded)==(4, 'euler', 1., 4.)
+    assert plan_for(sd).timesteps==[999, 749, 499, 249]
+    for odd in (dict(num_inference_steps=8), dict(sampler='ddim'), dict(sampler='dpmpp_2m')):
+        with pytest.raises(ValueError, match="4 steps of 'euler'"): plan_for(sd, **odd)
+    from sdlearn.denoiser import noise_predictor
+    with pytest.raises(ValueError, match='in this student'): noise_predictor(sd, torch.zeros(2, 77, 128), 4.)
+    with tempfile.TemporaryDirectory() as d:
+        again = load_sd(sd.save(Path(d)/'student'), networks='own')
+        with pytest.raises(ValueError, match='there is none'): load_sd(Path(d)/'student', networks='own', fast=True)
+    assert (again.num_inference_steps, again.sampler, again.folded, again.schedule)==(4, 'euler', 4., sd.schedule)
+    assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), sd.unet.parameters()))
