@@ -2706,32 +2706,42 @@ def test_consistency_is_zero_for_the_settled_function_alone(end):
     assert all(loss(exact_share, n)>3*f for n, f in zip((10, 50, 1000), found))
     assert loss(settled_share, 1000, decay=0.)<.01
 
-def test_the_target_has_the_guidance_in_it():
+@pytest.mark.parametrize('end', (.012, .02))
+def test_the_target_has_the_guidance_in_it(end):
     from sdlearn.fast.consistency import Way, consistency_loss, pseudo_huber
     from sdlearn.guidance import cfg
-    from sdlearn.schedule import add_noise, sigma_at, sigma_like
-    r = torch.Generator().manual_seed(1)
+    from sdlearn.schedule import Schedule, add_noise, sigma_at, sigma_like
+    r, schedule = torch.Generator().manual_seed(1), Schedule(beta_end=end)
     x0, told = torch.randn(3, 1, 4, 4, generator=r), torch.tensor([[.1]]*3+[[.4]]*3)
-    teacher, student, way = Shares(exact_share), Shares(settled_share), Way(ask=ask_shares)
+    teacher, student = Shares(exact_share, schedule), Shares(lambda s: .5*exact_share(s), schedule)
+    way = Way(schedule, ask_shares)
     for scale in (1., 4.):
         g = torch.Generator().manual_seed(0)
         k = torch.randint(10, (3,), generator=g)
         stops = torch.tensor([*range(999, 0, -100), 0])
         t, t_next = stops[k], stops[k+1]
-        s, s_next = (sigma_like(sigma_at(v), x0) for v in (t, t_next))
-        upper = add_noise(x0, torch.randn(x0.shape, generator=g), sigma_at(t))
+        s, s_next = (sigma_like(sigma_at(v, schedule), x0) for v in (t, t_next))
+        upper = add_noise(x0, torch.randn(x0.shape, generator=g), sigma_at(t, schedule))
         x_in = upper/(s**2+1)**.5
         eps = cfg(exact_share(s)*x_in+.1, exact_share(s)*x_in+.4, scale)
         lower = upper+(s_next-s)*eps
         assert_close(way.down(upper, eps, t, t_next), lower, rtol=1e-4, atol=1e-4)
         def f(x, t): return way.answer(student, x, t, told[3:])
         wanted = pseudo_huber(f(upper, t), f(lower, t_next))
-        got = consistency_loss(lambda g: (x0, told), teacher, scale, 10, ask=ask_shares)(student, torch.Generator().manual_seed(0))
+        fn = consistency_loss(lambda g: (x0, told), teacher, scale, 10, schedule, ask_shares)
+        got = fn(student, torch.Generator().manual_seed(0))
         assert_close(got, wanted, rtol=1e-3, atol=1e-4)
         got.backward()
         assert student.one.grad.abs()>0 and teacher.one.grad is None
     with pytest.raises(ValueError, match='two halves of 3'):
         consistency_loss(lambda g: (x0, told[3:]), teacher, 2., 10, ask=ask_shares)(student, g)
+
+def test_the_distance_is_a_square_near_zero_and_a_length_far_away():
+    from sdlearn.fast.consistency import pseudo_huber
+    c = .00054*4**.5
+    a = torch.tensor([[c, 0., 0., 0.], [0., 3., 0., 4.]])
+    assert_close(pseudo_huber(a[:1], 0*a[:1]), torch.tensor(c*(2**.5-1)), rtol=1e-4, atol=1e-8)
+    assert_close(pseudo_huber(a, 0*a), torch.tensor((c*(2**.5-1)+5-c)/2), rtol=1e-4, atol=1e-6)
 
 def test_no_gradient_goes_through_the_target():
     from sdlearn.fast.consistency import Way, consistency_loss, pseudo_huber

@@ -288,6 +288,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'sdlearn.fast.consistency.Way.noise': ( 'consistency.html#way.noise',
                                                                                   'sdlearn/fast/consistency.py'),
                                           'sdlearn.fast.consistency._batch': ('consistency.html#_batch', 'sdlearn/fast/consistency.py'),
+                                          'sdlearn.fast.consistency._neighbours': ( 'consistency.html#_neighbours',
+                                                                                    'sdlearn/fast/consistency.py'),
                                           'sdlearn.fast.consistency.answer': ('consistency.html#answer', 'sdlearn/fast/consistency.py'),
                                           'sdlearn.fast.consistency.boundary': ('consistency.html#boundary', 'sdlearn/fast/consistency.py'),
                                           'sdlearn.fast.consistency.consistency_loss': ( 'consistency.html#consistency_loss',

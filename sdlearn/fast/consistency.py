@@ -84,7 +84,7 @@ class Average:
         for k, p in params.items(): self.numbers[k].lerp_(p, 1-self.decay)
         return averaged_weights(params, self.numbers)
 
-# %% ../../nbs/52_consistency.ipynb #4ad5abb6
+# %% ../../nbs/52_consistency.ipynb #7ba431ee
 class Way:
     "Noise levels, and how a network is asked at them: one for teacher and student"
     def __init__(self,
@@ -92,26 +92,47 @@ class Way:
         ask:Callable=ask_network, # ask(network, x_in, t, told) -> prediction
     ):
         self.schedule, self.ask = schedule, ask
-    def noise(self, network, x, t, told):
-        "The noise that a network sees in x (B,C,h,w) at t (B,)"
+    def noise(self,
+        network,   # Teacher or student
+        x:Tensor,  # (B,C,h,w) noisy latents
+        t:Tensor,  # (B,) timesteps
+        told,      # (B,...) what the network is told
+    )->Tensor:     # Shape of `x`
+        "The noise that a network sees in x"
         sigma = sigma_at(t, self.schedule)
         x_in = scale_input(x, sigma)
         said = self.ask(network, x_in, t, told)
         return as_noise(said, x_in, sigma, self.schedule.prediction_type)
-    def answer(self, network, x, t, told):
+    def answer(self,
+        network,   # Teacher or student
+        x:Tensor,  # (B,C,h,w) noisy latents
+        t:Tensor,  # (B,) timesteps
+        told,      # (B,...) what the network is told
+    )->Tensor:     # Shape of `x`
         "f(x, t) of a network"
         return answer(x, self.noise(network, x, t, told), sigma_at(t, self.schedule), t)
-    def guided(self, network, x, t, told, guidance_scale):
-        "Guided noise; `told` has two halves (2B,...), the unconditional one first"
+    def guided(self,
+        network,        # The teacher
+        x:Tensor,       # (B,C,h,w) noisy latents
+        t:Tensor,       # (B,) timesteps
+        told,           # (2B,...) in two halves, the unconditional one first
+        guidance_scale, # 1 is off: then the first half is not asked
+    )->Tensor:          # Shape of `x`
+        "Guided noise"
         if guidance_scale==1: return self.noise(network, x, t, told[len(x):])
         both = self.noise(network, torch.cat([x]*2), torch.cat([t]*2), told)
         return cfg(*both.chunk(2), guidance_scale)
-    def down(self, x, eps, t, t_next):
-        "One step of DDIM from t to t_next: the line of `sample.ddim`, a level per picture"
-        sigma, sigma_next = sigma_at(t, self.schedule), sigma_at(t_next, self.schedule)
+    def down(self,
+        x:Tensor,      # (B,C,h,w) noisy latents
+        eps:Tensor,    # Their noise, same shape
+        t:Tensor,      # (B,) timesteps
+        t_next:Tensor, # (B,) lower ones
+    )->Tensor:         # Shape of `x`
+        "One step of DDIM: the line of `sample.ddim`, with a noise level per picture"
+        sigma, sigma_next = (sigma_at(v, self.schedule) for v in (t, t_next))
         return predict_x0(x, sigma_like(sigma, x), eps)+sigma_like(sigma_next, x)*eps
 
-# %% ../../nbs/52_consistency.ipynb #5c3e619e
+# %% ../../nbs/52_consistency.ipynb #c5549d6e
 def consistency_loss(
     # draw(generator) -> x0 (B,C,h,w), and what the network is told (2B,...), the
     # unconditional half first
@@ -128,16 +149,20 @@ def consistency_loss(
     scale, average, way = check_scale(guidance_scale), Average(decay), Way(schedule, ask)
     def loss(net, g):
         x0, told = _batch(draw(g), next(net.parameters()).device)
-        k = torch.randint(original, (len(x0),), generator=g)
-        t, t_next = stops[k].to(x0.device), stops[k+1].to(x0.device)
+        t, t_next = (v.to(x0.device) for v in _neighbours(stops, len(x0), g))
         noise = torch.randn(x0.shape, generator=g).to(x0)
-        upper, cond = add_noise(x0, noise, sigma_at(t, schedule)), told[len(x0):]
+        upper = add_noise(x0, noise, sigma_at(t, schedule))
+        cond = told[len(x0):]
         with torch.no_grad():
             eps = way.guided(teacher, upper, t, told, scale)
             lower = way.down(upper, eps, t, t_next)
             with average.follow(net): target = way.answer(net, lower, t_next, cond)
         return pseudo_huber(way.answer(net, upper, t, cond), target)
     return loss
+
+def _neighbours(stops, n, g): # n of the stops, and those below
+    k = torch.randint(len(stops)-1, (n,), generator=g)
+    return stops[k], stops[k+1]
 
 def _batch(drawn, device): # checked, and where the network is
     x0, told = drawn
@@ -147,7 +172,7 @@ def _batch(drawn, device): # checked, and where the network is
                          f"unconditional one first, got {len(told)} rows")
     return x0.to(device), told.to(device)
 
-# %% ../../nbs/52_consistency.ipynb #a72c4484
+# %% ../../nbs/52_consistency.ipynb #03fcffc3
 def lcm(
     eps_fn:Callable,        # eps_fn(x, sigma, t) -> predicted noise, shaped like x
     x:Tensor,               # Start: x0 + sigmas[0]*noise
