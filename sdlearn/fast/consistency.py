@@ -172,7 +172,7 @@ def _batch(drawn, device): # checked, and where the network is
                          f"unconditional one first, got {len(told)} rows")
     return x0.to(device), told.to(device)
 
-# %% ../../nbs/52_consistency.ipynb #03fcffc3
+# %% ../../nbs/52_consistency.ipynb #cae1cf75
 def lcm(
     eps_fn:Callable,        # eps_fn(x, sigma, t) -> predicted noise, shaped like x
     x:Tensor,               # Start: x0 + sigmas[0]*noise
