@@ -20,7 +20,7 @@ def cells(path, kind='code'):
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
     sample fast.student load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
-    pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
+    pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card fast.consistency
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
@@ -2698,3 +2698,160 @@ def test_a_student_is_drawn_with_in_no_other_way():
         with pytest.raises(ValueError, match='there is none'): load_sd(Path(d)/'student', networks='own', fast=True)
     assert (again.num_inference_steps, again.sampler, again.folded, again.schedule)==(4, 'euler', 4., sd.schedule)
     assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), sd.unet.parameters()))
+# ---------------------------------------------------------------- consistency
+
+class Shares(torch.nn.Module):
+    "Predicts a share of what it sees as noise: `share(sigma)`; and adds what it is told"
+    def __init__(self, share, schedule=None):
+        super().__init__()
+        from sdlearn.schedule import SD_V1
+        self.share, self.schedule, self.one = share, schedule or SD_V1, torch.nn.Parameter(torch.ones(()))
+    def said(self, x_in, t, told):
+        from sdlearn.schedule import sigma_at, sigma_like
+        return self.one*self.share(sigma_like(sigma_at(t, self.schedule), x_in))*x_in+told[:, :, None, None]
+
+def ask_shares(net, x_in, t, told): return net.said(x_in, t, told)
+def exact_share(s): return s/(s**2+1)**.5                    # pictures of std 1
+def settled_share(s): return ((s**2+1)**.5-1)/s              # x - sigma*eps is x_in: constant along their paths
+
+def test_the_lower_end_of_a_path_is_the_picture_itself():
+    from diffusers import LCMScheduler
+    from sdlearn.fast.consistency import answer, boundary
+    from sdlearn.schedule import scale_input, sigma_at
+    theirs = LCMScheduler()
+    for t in (0, 1, 19, 999): assert boundary(t)==pytest.approx(theirs.get_scalings_for_boundary_condition_discrete(t), abs=1e-12)
+    x, eps = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert_close(answer(x, eps, sigma_at(0), 0), scale_input(x, sigma_at(0)))
+    c_skip, c_out = boundary(torch.tensor([0, 1]))
+    both = answer(x, eps, sigma_at(torch.tensor([0, 1])), torch.tensor([0, 1]))
+    assert_close(both[1:], c_skip[1]*scale_input(x[1:], sigma_at(1))+c_out[1]*(x[1:]-sigma_at(1)*eps[1:]))
+
+def test_the_boundary_is_written_once(monkeypatch):
+    from sdlearn.fast import consistency
+    monkeypatch.setattr(consistency, 'TIMESTEP_SCALING', 0.)             # everything is held: f(x, t) is x_in everywhere
+    x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    step = next(consistency.lcm(lambda x, s, t: 7*x, x, [2., 0.], [500.]))
+    assert_close(step.x_next, x/5**.5)                                   # the sampler obeys
+    loss = consistency.consistency_loss(lambda g: (x, torch.zeros(2, 1)), Shares(exact_share), 1., 1000, ask=ask_shares)
+    assert loss(Shares(lambda s: 0*s+7.), torch.Generator().manual_seed(0))<.05    # and so does the loss
+    assert consistency.consistency_loss.__code__.co_consts.count(10.)==0
+
+@pytest.mark.parametrize('end', (.012, .02))
+def test_consistency_is_zero_for_the_settled_function_alone(end):
+    from sdlearn.fast.consistency import consistency_loss
+    from sdlearn.schedule import Schedule
+    schedule = Schedule(beta_end=end)                                    # of teacher and student
+    def draw(g): return torch.randn(64, 1, 8, 8, generator=g), torch.zeros(128, 1)
+    def loss(share, original, **how):
+        teacher, student = Shares(exact_share, schedule), Shares(share, schedule)
+        fn = consistency_loss(draw, teacher, 1., original, schedule, ask_shares, **how)
+        return fn(student, torch.Generator().manual_seed(0)).item()
+    found = [loss(settled_share, n) for n in (10, 50, 1000)]
+    assert found[0]>found[1]>found[2] and found[2]<.01
+    assert all(loss(exact_share, n)>3*f for n, f in zip((10, 50, 1000), found))
+    assert loss(settled_share, 1000, decay=0.)<.01
+
+@pytest.mark.parametrize('end', (.012, .02))
+def test_the_target_has_the_guidance_in_it(end):
+    from sdlearn.fast.consistency import Way, consistency_loss, pseudo_huber
+    from sdlearn.guidance import cfg
+    from sdlearn.schedule import Schedule, add_noise, sigma_at, sigma_like
+    r, schedule = torch.Generator().manual_seed(1), Schedule(beta_end=end)
+    x0, told = torch.randn(3, 1, 4, 4, generator=r), torch.tensor([[.1]]*3+[[.4]]*3)
+    teacher, student = Shares(exact_share, schedule), Shares(lambda s: .5*exact_share(s), schedule)
+    way = Way(schedule, ask_shares)
+    for scale in (1., 4.):
+        g = torch.Generator().manual_seed(0)
+        k = torch.randint(10, (3,), generator=g)
+        stops = torch.tensor([*range(999, 0, -100), 0])
+        t, t_next = stops[k], stops[k+1]
+        s, s_next = (sigma_like(sigma_at(v, schedule), x0) for v in (t, t_next))
+        upper = add_noise(x0, torch.randn(x0.shape, generator=g), sigma_at(t, schedule))
+        x_in = upper/(s**2+1)**.5
+        eps = cfg(exact_share(s)*x_in+.1, exact_share(s)*x_in+.4, scale)
+        lower = upper+(s_next-s)*eps
+        assert_close(way.down(upper, eps, t, t_next), lower, rtol=1e-4, atol=1e-4)
+        def f(x, t): return way.answer(student, x, t, told[3:])
+        wanted = pseudo_huber(f(upper, t), f(lower, t_next))
+        fn = consistency_loss(lambda g: (x0, told), teacher, scale, 10, schedule, ask_shares)
+        got = fn(student, torch.Generator().manual_seed(0))
+        assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+        got.backward()
+        assert student.one.grad.abs()>0 and teacher.one.grad is None
+    with pytest.raises(ValueError, match='two halves of 3'):
+        consistency_loss(lambda g: (x0, told[3:]), teacher, 2., 10, ask=ask_shares)(student, g)
+
+def test_the_distance_is_a_square_near_zero_and_a_length_far_away():
+    from sdlearn.fast.consistency import pseudo_huber
+    c = .00054*4**.5
+    a = torch.tensor([[c, 0., 0., 0.], [0., 3., 0., 4.]])
+    assert_close(pseudo_huber(a[:1], 0*a[:1]), torch.tensor(c*(2**.5-1)), rtol=1e-4, atol=1e-8)
+    assert_close(pseudo_huber(a, 0*a), torch.tensor((c*(2**.5-1)+5-c)/2), rtol=1e-4, atol=1e-6)
+
+def test_no_gradient_goes_through_the_target():
+    from sdlearn.fast.consistency import Way, consistency_loss, pseudo_huber
+    x0, told = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(6, 1)
+    teacher, student, way = Shares(exact_share), Shares(exact_share), Way(ask=ask_shares)
+    seen = []
+    def ask(net, x_in, t, told):
+        if net is student: seen.append((torch.is_grad_enabled(), t.tolist()))
+        return ask_shares(net, x_in, t, told)
+    consistency_loss(lambda g: (x0, told), teacher, 1., 10, ask=ask)(student, torch.Generator().manual_seed(0))
+    (below, t_next), (above, t) = seen
+    assert not below and above and all(a-b in (99, 100) for a, b in zip(t, t_next))
+
+def test_the_average_goes_after_its_own_student():
+    from sdlearn.fast.consistency import Average
+    one, other = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    average = Average(.75)
+    def set_to(net, v): torch.nn.init.constant_(net.weight, v)
+    def told(net):
+        with average.follow(net): return net.weight.item()
+    set_to(one, 1.)
+    assert told(one)==1.
+    set_to(one, 5.)
+    assert told(one)==2. and one.weight.item()==5. and told(one)==2.75
+    set_to(other, 9.)
+    assert told(other)==9.                                               # another training starts anew
+    with pytest.raises(ValueError, match='decay'): Average(1.5)
+
+@pytest.mark.parametrize('n, original', ((1, 50), (2, 10), (3, 50), (4, 20), (8, 50)))
+def test_lcm_takes_the_steps_of_diffusers(n, original):
+    from diffusers import LCMScheduler
+    from sdlearn.fast.consistency import lcm_plan, lcm_timesteps
+    from sdlearn.sample import make_plan, noise_from, sample
+    from sdlearn.schedule import sigma_at
+    def bent(x, sigma, t): return sigma*(x+torch.sin(x.roll(1, -1)))/(sigma**2+1)
+    config = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False)
+    theirs = LCMScheduler.from_config(config, original_inference_steps=original)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    def end(plan):
+        *_, last = sample(plan, bent, plan.start(noise), noise_from([torch.Generator().manual_seed(5)]))
+        return last.x_next
+    ours = end(lcm_plan(n, original))
+    theirs.set_timesteps(n)
+    assert lcm_timesteps(n, original)==theirs.timesteps.tolist()
+    z, g = noise, torch.Generator().manual_seed(5)
+    for t in theirs.timesteps:
+        s = sigma_at(t.item())
+        z = theirs.step(bent(z*(s**2+1)**.5, s, t.item()), t, z, generator=g).prev_sample
+    assert_close(ours, z, rtol=1e-5, atol=1e-5)
+    assert_close(end(make_plan(theirs, n)), z, rtol=1e-4, atol=1e-4)      # and as a plan of diffusers' own
+
+def test_a_consistency_student_is_asked_for_steps_that_it_knows():
+    from sdlearn.fast.consistency import lcm, lcm_timesteps
+    for n in (0, 51, 2., None, True):
+        with pytest.raises(ValueError, match='1 to 50'): lcm_timesteps(n)
+    with pytest.raises(ValueError, match='trained stops'): lcm_timesteps(2, 1001)
+    with pytest.raises(ValueError, match='expected timesteps'): next(lcm(lambda x, s, t: x, torch.ones(1, 1, 2, 2), [1., 0.]))
+
+def test_one_step_of_a_scheduler_must_start_from_noise():
+    import diffusers
+    from sdlearn.sample import make_plan
+    def plan(name, **how):
+        kind = getattr(diffusers, f'{name}Scheduler')
+        return make_plan(kind(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', **how), 1)
+    assert plan('LCM', clip_sample=False).timesteps==[999]
+    assert plan('DDIM', clip_sample=False, timestep_spacing='trailing').timesteps==[999]
+    for name in ('DDIM', 'DDIMInverse'):
+        with pytest.raises(ValueError, match='starts at sigma 0.03'): plan(name, clip_sample=False)

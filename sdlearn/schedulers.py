@@ -112,9 +112,10 @@ def read_scheduler(
     scheduler.set_timesteps(n)
     k, calls = scheduler.order, len(scheduler.timesteps)
     sigmas = _sigmas_of(scheduler)
-    if not sigmas[0]>sigmas[-2]:
+    if not (sigmas[0]>sigmas[-2] or len(sigmas)==2 and sigmas[0]>1):   # two: a single step
         raise ValueError("expected a scheduler that walks from noise to picture, got "
-                         f"{type(scheduler).__name__}, whose sigmas rise")
+                         f"{type(scheduler).__name__}, whose sigmas rise, or whose only step "
+                         f"starts at sigma {sigmas[0]:.2f}")
     steps = scheduler.timesteps[::k].tolist()
     std = float(scheduler.init_noise_sigma)
     if not _explodes(scheduler): std *= (sigmas[0]**2+1)**.5
