@@ -18,7 +18,7 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
-    sample fast.cache load pipeline adapt.imagic
+    sample fast.cache fast.export load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
@@ -2707,3 +2707,44 @@ def test_what_cannot_be_cached_is_refused():
     sd = SD(None, None, None, net, Path('.'))
     ask, x = cached_predictor(sd, torch.randn(2, 77, 12), plan, 2, 3.), torch.randn(1, 4, 8, 8)
     with torch.no_grad(): assert [*sample(plan, ask, plan.start(x))][-1].x_next.shape==x.shape
+
+# ---------------------------------------------------------------- make it fast: export
+
+@torch.no_grad()
+def test_a_file_is_asked_as_a_unet_is():
+    from sdlearn.fast.export import OnnxUNet, break_even, need, run_file
+    from sdlearn.unet import predict_noise
+    net, x, words = small_unet(), torch.randn(4, 4, 8, 8), torch.randn(4, 7, 12)
+    sizes = []
+    def run(x_in, t, text_embeddings): return sizes.append((len(x_in), *t.tolist())) or net(x_in, t, text_embeddings)
+    run.shapes = dict(x_in=[2, 4, 8, 8], t=[2], text_embeddings=[2, 7, 12])
+    ours = OnnxUNet(run)
+    for t in (500, 3., torch.tensor(7), torch.tensor([1., 2., 300., 400.])):
+        assert_close(predict_noise(ours, x, t, words), net(x, t, words), rtol=1e-4, atol=1e-4)
+    assert sizes[-2:]==[(2, 1., 2.), (2, 300., 400.)]
+    for bad in (x[:3], torch.randn(4, 4, 8, 16)):
+        with pytest.raises(ValueError, match='Export anew'): ours(bad, 3, words[:len(bad)])
+    with pytest.raises(ValueError, match='one text embedding per picture'): ours(x, 3, words[:2])
+    assert break_even(10, 3., 1.)==5 and break_even(10, 1., 2.)==math.inf
+    with pytest.raises(ImportError, match=r"pip install 'sdlearn\[export\]'"): need('no_such_package')
+    with pytest.raises(ValueError, match='expected an engine out of'): run_file('x.onnx', 'abacus')
+    with pytest.raises(ValueError, match='export_onnx'): run_file('nowhere.onnx')
+
+@torch.no_grad()
+def test_what_is_exported_is_what_is_asked():
+    from types import SimpleNamespace
+    from sdlearn.fast.export import parts
+    from sdlearn.text import TextEncoder
+    from sdlearn.vae import VAE, decode
+    vae = randomized(VAE(dict(block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+                              down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2)))
+    text = randomized(TextEncoder(dict(vocab_size=50, hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                                       max_position_embeddings=7, hidden_act='quick_gelu', bos_token_id=48, eos_token_id=49)))
+    sd = SimpleNamespace(unet=small_unet(), vae=vae, text_encoder=text)
+    made, latents = parts(sd, 2), torch.randn(2, 4, 8, 8)
+    assert {k: [*v[1]] for k, v in made.items()}==dict(unet=['x_in', 't', 'text_embeddings'], text_encoder=['ids'], decoder=['latents'])
+    assert made['text_encoder'][1]['ids'].dtype==torch.int64 and made['unet'][1]['text_embeddings'].shape==(2, 7, 12)
+    assert made['decoder'][1]['latents'].shape==(2, 4, 8, 8)
+    assert_close(made['decoder'][0](latents), decode(vae, latents), rtol=1e-4, atol=1e-4)
+    ids = torch.randint(0, 48, (2, 7))
+    assert torch.equal(made['text_encoder'][0](ids), text(ids))
