@@ -31,7 +31,7 @@ def shallow(
     if top.attentions: x = top.attentions[-1](x, text_embeddings)
     return unet.conv_out(F.silu(unet.conv_norm_out(x)))
 
-# %% ../../nbs/54b_cache.ipynb #3ce8d895
+# %% ../../nbs/54b_cache.ipynb #ebbbbe1f
 def check_plan(
     plan, # From `make_plan`
 )->Plan:  # The same, when its sampler asks once per step
@@ -80,7 +80,7 @@ class FeatureCache:
         if self.full(t) or self.deep is None: return self.quick(x_in, t, text_embeddings)
         return shallow(self.quick, x_in, t, text_embeddings, self.deep)
 
-# %% ../../nbs/54b_cache.ipynb #876c02f7
+# %% ../../nbs/54b_cache.ipynb #f559960b
 def cached_predictor(
     sd,                          # `SD` bundle with our own networks
     text_embeddings:Tensor,      # (2B,77,D), the unconditional half first

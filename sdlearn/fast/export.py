@@ -137,7 +137,7 @@ def run_file(
     run.shapes = net.shapes
     return run
 
-# %% ../../nbs/56_export.ipynb #9c518553
+# %% ../../nbs/56_export.ipynb #090ad3ec
 class OnnxUNet:
     "A UNet's ONNX file, asked as the UNet is"
     def __init__(self,
@@ -150,10 +150,11 @@ class OnnxUNet:
                                       cross_attention_dim=shapes['text_embeddings'][2])
     def __call__(self, x_in, t, text_embeddings):
         check_shapes(self, x_in, text_embeddings)
-        wanted = tuple(self.run.shapes['x_in'])[1:]
-        if x_in.shape[1:]!=wanted or len(x_in)%self.batch:
-            raise ValueError(f"expected latents of shape (n*{self.batch}, {wanted}), "
-                             f"got {tuple(x_in.shape)}: the file knows no other. Export anew.")
+        sides = self.run.shapes['x_in'][1:]
+        if [*x_in.shape[1:]]!=[*sides] or len(x_in)%self.batch:
+            raise ValueError(f"expected latents of {' x '.join(map(str, sides))} numbers, "
+                             f"{self.batch} at a time, got {tuple(x_in.shape)}: the file knows no "
+                             "other shape. Export anew.")
         t = torch.as_tensor(t).float().reshape(-1).expand(len(x_in))
         groups = zip(*(v.split(self.batch) for v in (x_in, t, text_embeddings)))
         said = [self.run(x_in=x, t=t, text_embeddings=words) for x, t, words in groups]
