@@ -141,7 +141,7 @@ def remedies(
 )->dict:          # name -> function that draws one picture
     "What makes pocket faster without a training, each on its own and three together"
     low, plan = replace(own, unet=copy.deepcopy(own.unet).bfloat16()), make_plan('ddim', steps)
-    few, inner = max(1, round(.24*steps)), (6., (1., 4.))
+    few, inner = max(1, round(.24*steps)), (7., (2., 4.5))
     def way(make, sampler='ddim', n=steps): # make(embeddings) -> eps_fn
         def draw():
             emb = encode_prompt(own, ['A picture of a fox']).detach()
@@ -149,13 +149,13 @@ def remedies(
                            progress=False)
         return draw
     def coarse(*how): return lambda emb: noise_predictor(low, emb.bfloat16(), *how)
-    return {'guidance at sigma 1 to 4 only': way(lambda emb: noise_predictor(own, emb, *inner)),
+    return {'guidance at sigma 2 to 4.5 only': way(lambda emb: noise_predictor(own, emb, *inner)),
             'feature cache, every third step in full':
                 way(lambda emb: cached_predictor(own, emb, plan, 3)),
             'UNet in bfloat16': way(coarse()),
             f'DPM-Solver++ in {few} steps': way(lambda emb: noise_predictor(own, emb), 'dpmpp_2m',
                                                 few),
-            f'{few} steps, guidance at sigma 1 to 4, bfloat16': way(coarse(*inner), 'dpmpp_2m',
+            f'{few} steps, guidance at sigma 2 to 4.5, bfloat16': way(coarse(*inner), 'dpmpp_2m',
                                                                     few)}
 
 def _remedies(steps, n): # name -> ratio of whole pictures, against unmodified diffusers
