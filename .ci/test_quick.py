@@ -2684,6 +2684,11 @@ def test_a_cache_leaves_out_the_deep_floors_and_nothing_else():
         for i, t in enumerate(plan.timesteps):
             full = plain(x if i%2 else y, t, words)
             assert torch.equal(said[i], full)==(i%3==0) and torch.equal(same(x if i%2 else y, t, words), full)
+    handed.clear()                                                          # what is kept comes from below, not from the skip
+    hook = net.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda _, args: handed.append(args[0]))
+    net(y, plan.timesteps[0], words)
+    hook.remove()
+    assert_close(said[1], shallow(net, x, plan.timesteps[1], words, handed[0][:, :-8]), rtol=1e-4, atol=1e-4)
     t = plan.timesteps[1]
     other = torch.randn(2, 7, 12)                                           # other words: nothing from before is of use
     assert_close(cache(x, t, other), net(x, t, other), rtol=1e-4, atol=1e-4)
