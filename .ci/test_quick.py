@@ -18,7 +18,7 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
-    sample fast.student load pipeline adapt.imagic
+    sample fast.student fast.cache fast.export load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card fast.consistency
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
@@ -40,7 +40,7 @@ def test_imports_run_one_way():
         if path.name in ('__init__.py', '_modidx.py'): continue
         assert name in rooms, f'{name} has no place in the list of rooms'
         for other in imports(path):
-            if other in ('', 'pocket', 'idea', 'adapt'): continue
+            if other in ('', 'pocket', 'idea', 'adapt', 'fast'): continue
             assert rooms.index(other)<rooms.index(name), f'{name} imports {other}, which stands above it'
 
 def test_a_notebook_exports_the_module_of_its_name():
@@ -2855,3 +2855,103 @@ def test_one_step_of_a_scheduler_must_start_from_noise():
     assert plan('DDIM', clip_sample=False, timestep_spacing='trailing').timesteps==[999]
     for name in ('DDIM', 'DDIMInverse'):
         with pytest.raises(ValueError, match='starts at sigma 0.03'): plan(name, clip_sample=False)
+# ---------------------------------------------------------------- make it fast: cache
+
+def small_unet():
+    from sdlearn.unet import UNet
+    return randomized(UNet(dict(sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=12,
+                                attention_head_dim=2, in_channels=4, out_channels=4, up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+                                down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'))))
+
+@torch.no_grad()
+def test_a_cache_leaves_out_the_deep_floors_and_nothing_else():
+    from sdlearn.fast.cache import FeatureCache, shallow
+    from sdlearn.unet import prepare
+    net, plan = small_unet(), make_plan('ddim', 7)
+    words, x, y = torch.randn(2, 7, 12), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    handed = []
+    hook = net.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda _, args: handed.append(args[0]))
+    right = net(x, 500, words)
+    hook.remove()
+    deep = handed[0][:, :-8]
+    assert torch.equal(shallow(net, x, 500, words, deep), right)            # its own deep features: the answer
+    assert not torch.allclose(shallow(net, x, 500, words, -deep), right) and not torch.allclose(shallow(net, x, 40, words, deep), right)
+    plain, cache, same = prepare(net), FeatureCache(net, plan, 3), FeatureCache(net, plan, 1)
+    asked = []
+    net.mid_block.register_forward_pre_hook(lambda *_: asked.append(1))
+    for _ in range(2):                                                      # a second picture begins like the first
+        asked.clear()
+        said = [cache(x if i%2 else y, t, words) for i, t in enumerate(plan.timesteps)]
+        assert len(asked)==3
+        for i, t in enumerate(plan.timesteps):
+            full = plain(x if i%2 else y, t, words)
+            assert torch.equal(said[i], full)==(i%3==0) and torch.equal(same(x if i%2 else y, t, words), full)
+    handed.clear()                                                          # what is kept comes from below, not from the skip
+    hook = net.up_blocks[-1].resnets[-1].register_forward_pre_hook(lambda _, args: handed.append(args[0]))
+    net(y, plan.timesteps[0], words)
+    hook.remove()
+    assert_close(said[1], shallow(net, x, plan.timesteps[1], words, handed[0][:, :-8]), rtol=1e-4, atol=1e-4)
+    t = plan.timesteps[1]
+    other = torch.randn(2, 7, 12)                                           # other words: nothing from before is of use
+    assert_close(cache(x, t, other), net(x, t, other), rtol=1e-4, atol=1e-4)
+    with torch.enable_grad():
+        z = x.clone().requires_grad_()
+        assert torch.equal(cache(z, t, words), net(z, t, words))
+
+def test_what_cannot_be_cached_is_refused():
+    from sdlearn.fast.cache import FeatureCache, cached_predictor
+    from sdlearn.load import SD
+    net, plan = small_unet(), make_plan('ddim', 7)
+    for name in ('heun', 'pndm'):
+        with pytest.raises(ValueError, match='asks once per step, got one that asks'): FeatureCache(net, make_plan(name, 7))
+    FeatureCache(net, make_plan('pndm', 1))                                 # one step: one call
+    for bad, words in ((dict(unet=None), 'our own UNet'), (dict(every=0), 'whole number'), (dict(every=1.5), 'whole number')):
+        with pytest.raises(ValueError, match=words): FeatureCache(**dict(unet=net, plan=plan)|bad)
+    with pytest.raises(TypeError, match='expected a Plan'): FeatureCache(net, 7)
+    with pytest.raises(ValueError, match='timestep of the plan'): FeatureCache(net, plan).full(500.5)
+    assert [i for i, t in enumerate(plan.timesteps) if FeatureCache(net, plan, 4).full(t)]==[0, 4]
+    assert FeatureCache(net, plan.after(2), 4).full(plan.timesteps[2])      # image-to-image begins with a full answer
+    sd = SD(None, None, None, net, Path('.'))
+    ask, x = cached_predictor(sd, torch.randn(2, 77, 12), plan, 2, 3.), torch.randn(1, 4, 8, 8)
+    with torch.no_grad(): assert [*sample(plan, ask, plan.start(x))][-1].x_next.shape==x.shape
+
+# ---------------------------------------------------------------- make it fast: export
+
+@torch.no_grad()
+def test_a_file_is_asked_as_a_unet_is():
+    from sdlearn.fast.export import OnnxUNet, break_even, need, run_file
+    from sdlearn.unet import predict_noise
+    net, x, words = small_unet(), torch.randn(4, 4, 8, 8), torch.randn(4, 7, 12)
+    sizes = []
+    def run(x_in, t, text_embeddings): return sizes.append((len(x_in), *t.tolist())) or net(x_in, t, text_embeddings)
+    run.shapes = dict(x_in=[2, 4, 8, 8], t=[2], text_embeddings=[2, 7, 12])
+    ours = OnnxUNet(run)
+    for t in (500, 3., torch.tensor(7), torch.tensor([1., 2., 300., 400.])):
+        assert_close(predict_noise(ours, x, t, words), net(x, t, words), rtol=1e-4, atol=1e-4)
+    assert sizes[-2:]==[(2, 1., 2.), (2, 300., 400.)]
+    for bad in (x[:3], torch.randn(4, 4, 8, 16)):
+        with pytest.raises(ValueError, match='Export anew'): ours(bad, 3, words[:len(bad)])
+    with pytest.raises(ValueError, match='one text embedding per picture'): ours(x, 3, words[:2])
+    assert break_even(10, 3., 1.)==5 and break_even(10, 1., 2.)==math.inf
+    with pytest.raises(ImportError, match=r"pip install 'sdlearn\[export\]'"): need('no_such_package')
+    with pytest.raises(ValueError, match='expected an engine out of'): run_file('x.onnx', 'abacus')
+    with pytest.raises(ValueError, match='export_onnx'): run_file('nowhere.onnx')
+
+@torch.no_grad()
+def test_what_is_exported_is_what_is_asked():
+    from types import SimpleNamespace
+    from sdlearn.fast.export import parts
+    from sdlearn.text import TextEncoder
+    from sdlearn.vae import VAE, decode
+    vae = randomized(VAE(dict(block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+                              down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2)))
+    text = randomized(TextEncoder(dict(vocab_size=50, hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                                       max_position_embeddings=7, hidden_act='quick_gelu', bos_token_id=48, eos_token_id=49)))
+    sd = SimpleNamespace(unet=small_unet(), vae=vae, text_encoder=text)
+    made, latents = parts(sd, 2), torch.randn(2, 4, 8, 8)
+    assert {k: [*v[1]] for k, v in made.items()}==dict(unet=['x_in', 't', 'text_embeddings'], text_encoder=['ids'], decoder=['latents'])
+    assert made['text_encoder'][1]['ids'].dtype==torch.int64 and made['unet'][1]['text_embeddings'].shape==(2, 7, 12)
+    assert made['decoder'][1]['latents'].shape==(2, 4, 8, 8)
+    assert_close(made['decoder'][0](latents), decode(vae, latents), rtol=1e-4, atol=1e-4)
+    ids = torch.randint(0, 48, (2, 7))
+    assert torch.equal(made['text_encoder'][0](ids), text(ids))
