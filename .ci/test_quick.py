@@ -154,15 +154,17 @@ def test_a_mistake_costs_a_student_the_same_whatever_it_says():
     with pytest.raises(ValueError, match='v_prediction'): halving_loss(None, None, 'x0')
 
 def test_a_guided_teacher_says_what_the_pipeline_asks():
+    from dataclasses import replace
     from sdlearn.denoiser import noise_predictor
     from sdlearn.fast.progressive import guided_teacher
     from sdlearn.load import load_sd
     sd = load_sd(networks='own')
     words, nothing = torch.randn(2, 77, 128), torch.randn(1, 77, 128)
     x = 3*torch.randn(2, 4, 16, 16)
-    for scale in (0, 1, 4):
+    for scale, kind in ((0, 'epsilon'), (1, 'epsilon'), (4, 'epsilon'), (4, 'v_prediction')):
+        sd.schedule = replace(sd.schedule, prediction_type=kind)
         with torch.no_grad():
-            said = guided_teacher(sd.unet, nothing, scale)(x, torch.tensor([3., 3.]), torch.tensor([700, 700]), words)
+            said = guided_teacher(sd.unet, nothing, scale, kind)(x, torch.tensor([3., 3.]), torch.tensor([700, 700]), words)
             want = noise_predictor(sd, torch.cat([nothing, nothing, words]), scale)(x, 3., 700)
         assert_close(said, want, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match='guidance_scale'): guided_teacher(sd.unet, nothing, -1)
