@@ -18,9 +18,9 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
-    sample fast.student fast.cache fast.export load pipeline adapt.imagic
+    sample fast.student fast.progressive fast.consistency fast.cache fast.export load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
-    pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card fast.consistency
+    pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
@@ -81,6 +81,102 @@ def test_pictures_of_lessons_are_told_in_words():
                 for kind in [k for k in out.get('data', {}) if k.startswith('image/')]:
                     said = out['metadata'].get(kind, {})
                     assert said.get('alt'), f"{path.name} {cell['id']}: show_images and show_figure take alt="
+
+# ---------------------------------------------------------------- fewer steps
+
+def trailing():
+    from dataclasses import replace
+    from sdlearn.schedule import SD_V1
+    return replace(SD_V1, timestep_spacing='trailing')
+
+def gauss(x, sigma, t=None, cond=None): # pictures of std 1
+    from sdlearn.schedule import sigma_like
+    sigma = sigma_like(sigma, x)
+    return sigma*x/(sigma**2+1)
+
+def test_one_step_of_the_student_ends_where_two_of_the_teacher_do():
+    from sdlearn.fast.progressive import make_task, nested_plans, one_step_target, two_steps
+    from sdlearn.sample import ddim, make_plan
+    x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    end = [*ddim(gauss, x, [9., 2., .5])][-1].x_next
+    assert_close(two_steps(gauss, x, (9., 2., .5), (0, 0)), end)
+    target = one_step_target(x, end, 9., .5)
+    assert_close([*ddim(lambda z, s, t: (z-target)/s, x, [9., .5])][-1].x_next, end)
+    assert_close(one_step_target(x, end, torch.tensor([9.]*3), torch.tensor([.5]*3)), target)
+    with pytest.raises(ValueError, match='smaller sigma'): one_step_target(x, end, .5, 9.)
+    teacher, student = nested_plans(4, trailing())
+    assert student.timesteps==[999, 749, 499, 249] and teacher.timesteps[::2]==student.timesteps
+    assert teacher.sigmas[::2]==student.sigmas
+    asked = []
+    def watched(x, sigma, t, cond):
+        asked.append((sigma, t, cond))
+        return gauss(x, sigma)
+    cond = torch.arange(40)
+    task = make_task(watched, torch.randn(40, 1, 2, 2), cond, teacher, torch.Generator().manual_seed(0))
+    at = [teacher.timesteps.index(t) for t in task.t.tolist()]
+    assert {*at}=={0, 2, 4, 6} and torch.equal(task.cond, cond) and task.x0.shape==(40, 1, 2, 2)
+    for j, (sigma, t, told) in enumerate(asked):
+        assert told is cond and t.tolist()==[teacher.timesteps[k+j] for k in at]
+        assert_close(sigma, torch.tensor([teacher.sigmas[k+j] for k in at]))
+    top = task.sigma[:, None, None, None]
+    x = task.x0+top*task.noise                           # from here one step lands where two do
+    low = [torch.tensor([teacher.sigmas[k+j] for k in at]) for j in range(3)]
+    assert_close(task.x0+low[2][:, None, None, None]*task.noise, two_steps(gauss, x, low, (0, 0)), atol=1e-4, rtol=1e-4)
+    for bad in (make_plan('euler', 8), make_plan('ddim', 5, trailing()), None):
+        with pytest.raises(ValueError, match='even number of steps of ddim'): make_task(gauss, x, None, bad, None)
+
+def test_stops_that_do_not_nest_are_refused():
+    from dataclasses import replace
+    from sdlearn.fast.progressive import nested_plans
+    for n in (1, 2, 3, 7, 16, 50, 500): assert len(nested_plans(n, trailing())[0].timesteps)==2*n
+    for spacing in ('leading', 'linspace', None):
+        with pytest.raises(ValueError, match="every second stop.*'trailing'"): nested_plans(4, replace(trailing(), timestep_spacing=spacing))
+
+def test_a_mistake_costs_a_student_the_same_whatever_it_says():
+    from sdlearn.denoiser import velocity
+    from sdlearn.fast.progressive import Task, error_weight, halving_loss, truncated_snr
+    sigma = torch.tensor([.1, .5, 1., 2., 14.6])
+    assert_close(truncated_snr(sigma), torch.tensor([100., 4., 1., 1., 1.]))
+    assert_close(error_weight(sigma), torch.tensor([1., 1., 1., 4., 14.6**2]))
+    x0, noise, wrong = torch.randn(3, 5, 1, 4, 4)
+    s = sigma[:, None, None, None]
+    x, t = x0+s*noise, torch.arange(5)
+    wrong_noise = (x-wrong)/s
+    want = (truncated_snr(sigma)*(wrong-x0).square().mean((1, 2, 3))).mean()
+    said = dict(epsilon=wrong_noise, v_prediction=velocity(wrong, wrong_noise, sigma))
+    for kind, answer in said.items():
+        def ask(net, x_in, sigma, t_, cond):
+            assert net=='net' and t_ is t and cond=='words'
+            assert_close(x_in, x/(s**2+1)**.5)
+            return answer
+        loss = halving_loss(lambda g: Task(x0, noise, sigma, t, 'words'), ask, kind)('net', None)
+        assert_close(loss, want, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match='v_prediction'): halving_loss(None, None, 'x0')
+
+def test_a_guided_teacher_says_what_the_pipeline_asks():
+    from dataclasses import replace
+    from sdlearn.denoiser import noise_predictor
+    from sdlearn.fast.progressive import guided_teacher
+    from sdlearn.load import load_sd
+    sd = load_sd(networks='own')
+    words, nothing = torch.randn(2, 77, 128), torch.randn(1, 77, 128)
+    x = 3*torch.randn(2, 4, 16, 16)
+    for scale, kind in ((0, 'epsilon'), (1, 'epsilon'), (4, 'epsilon'), (4, 'v_prediction')):
+        sd.schedule = replace(sd.schedule, prediction_type=kind)
+        with torch.no_grad():
+            said = guided_teacher(sd.unet, nothing, scale, kind)(x, torch.tensor([3., 3.]), torch.tensor([700, 700]), words)
+            want = noise_predictor(sd, torch.cat([nothing, nothing, words]), scale)(x, 3., 700)
+        assert_close(said, want, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match='guidance_scale'): guided_teacher(sd.unet, nothing, -1)
+
+def test_a_student_begins_as_its_teacher_which_stays_as_it_is():
+    from sdlearn.fast.progressive import halve
+    net = torch.nn.Linear(2, 2).requires_grad_(False)
+    before = net.weight.clone()
+    same = halve(net, lambda net, g: net.weight.sum(), 0)
+    other = halve(net, lambda net, g: net.weight.sum(), 3, warmup=0)
+    assert torch.equal(net.weight, before) and torch.equal(same.weight, before)
+    assert (other.weight<before).all() and not other.weight.requires_grad
 
 def test_lines_fit_and_statements_stand_alone():
     import io, tokenize
