@@ -1,0 +1,1 @@
+"Make it fast: fewer steps, cheaper steps, and what each costs"
