@@ -16,7 +16,7 @@ from ..core import as_path, check_number, check_tensor, whole
 from ..folders import pocket_path, read_json, weights_file
 from ..vae import decode, encode
 
-# %% ../../nbs/54_decoder.ipynb #7d59c81d
+# %% ../../nbs/54_decoder.ipynb #f7d6dc8a
 class TinyBlock(nn.Module):
     "Three convolutions beside a shortcut, then ReLU (diffusers' AutoencoderTinyBlock, after TAESD)"
     def __init__(self,
@@ -28,7 +28,7 @@ class TinyBlock(nn.Module):
                                   nn.Conv2d(c, c, 3, padding=1))
     def forward(self, x): return F.relu_(self.conv(x)+x)
 
-# %% ../../nbs/54_decoder.ipynb #24ad40a9
+# %% ../../nbs/54_decoder.ipynb #c2a62dbe
 def painted(
     weight:torch.Tensor, # (co,ci,3,3) of a convolution that follows a doubling
 )->torch.Tensor:         # (ci,co,4,4), the patch that one place of the small map paints
@@ -46,7 +46,7 @@ class UpConv(nn.Conv2d):
     def forward(self, x):
         return F.conv_transpose2d(x, painted(self.weight), stride=2, padding=1)
 
-# %% ../../nbs/54_decoder.ipynb #64ed3bc1
+# %% ../../nbs/54_decoder.ipynb #9d03542d
 tiny_config = Known( # as diffusers' AutoencoderTiny
     used=dict(in_channels=3, out_channels=3, latent_channels=4, scaling_factor=1.,
               encoder_block_out_channels=(64,), decoder_block_out_channels=(64,)),
@@ -75,9 +75,9 @@ def read_tiny(
     vars(found).update(floors)
     return found
 
-# %% ../../nbs/54_decoder.ipynb #74cb286a
+# %% ../../nbs/54_decoder.ipynb #38e1871b
 class TinyDecoder(nn.Module):
-    "Latents (B,4,h,w), scaled -> picture (B,3,8h,8w) in -1..1 (diffusers' DecoderTiny, after TAESD)"
+    "Latents (B,4,h,w), scaled -> picture (B,3,8h,8w) in -1..1 (DecoderTiny, after TAESD)"
     def __init__(self,
         config, # From `read_tiny`
     ):
@@ -92,9 +92,9 @@ class TinyDecoder(nn.Module):
         x = (3*torch.tanh(z/3)).contiguous(memory_format=torch.channels_last)
         return 2*self.layers(x)-1 # inside, pictures go from 0 to 1
 
-# %% ../../nbs/54_decoder.ipynb #7781108c
+# %% ../../nbs/54_decoder.ipynb #2fb71013
 class TinyEncoder(nn.Module):
-    "Picture (B,3,8h,8w) in -1..1 -> latents (B,4,h,w), scaled (diffusers' EncoderTiny, after TAESD)"
+    "Picture (B,3,8h,8w) in -1..1 -> latents (B,4,h,w), scaled (EncoderTiny, after TAESD)"
     def __init__(self,
         config, # From `read_tiny`
     ):
@@ -119,7 +119,7 @@ class TinyVAE(nn.Module):
         self.to(memory_format=torch.channels_last) # as convolutions want it
     def forward(self, image): return decode(self, encode(self, image))
 
-# %% ../../nbs/54_decoder.ipynb #70f2bf25
+# %% ../../nbs/54_decoder.ipynb #00b6af39
 def edge_loss(
     y:torch.Tensor, # (B,3,H,W), what came back
     x:torch.Tensor, # (B,3,H,W), what should have
@@ -157,7 +157,7 @@ def _check_pairs(latents, pictures):
         raise ValueError(f"expected a picture of {8*h}x{8*w} for each of {n} latents, got "
                          f"{tuple(pictures.shape)}. decode(vae, latents) makes them.")
 
-# %% ../../nbs/54_decoder.ipynb #8e62aa2f
+# %% ../../nbs/54_decoder.ipynb #1dfd08ce
 def small_path()->Path: # The folder of the small VAE that comes with the package
     "Where it lives: a folder in the layout of diffusers' AutoencoderTiny"
     return pocket_path()/'fast'/'decoder'
@@ -171,16 +171,16 @@ def load_small(
     from safetensors.torch import load_file
     folder = small_path() if path is None else as_path(path, 'a folder')
     if not (folder/'config.json').exists():
-        raise ValueError(f"expected a folder with a config.json of AutoencoderTiny, got {folder}, "
-                         "which has none. Without a path, pocket's is loaded.")
+        raise ValueError(f"expected a folder with a config.json of AutoencoderTiny, got "
+                         f"{folder.name!r}, which has none. Without a path, pocket's is loaded.")
     net, state = TinyVAE(read_json(folder/'config.json')), load_file(weights_file(folder))
     try: net.load_state_dict(state)
     except RuntimeError:
-        raise ValueError(f"expected weights that fit {folder/'config.json'}, got others. "
-                         "Are they of another network?") from None
+        raise ValueError(f"expected weights that fit {folder.name}/config.json, got "
+                         "others. Are they of another network?") from None
     return net.to(device, dtype).eval().requires_grad_(False)
 
-# %% ../../nbs/54_decoder.ipynb #4218176b
+# %% ../../nbs/54_decoder.ipynb #6cc9add9
 def fit_preview(
     latents:torch.Tensor,  # (N,4,h,w), scaled
     pictures:torch.Tensor, # (N,3,8h,8w) in -1..1
