@@ -18,7 +18,7 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
-    sample fast.student fast.progressive fast.consistency fast.cache fast.export load pipeline adapt.imagic
+    sample fast.student fast.progressive fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
@@ -3051,3 +3051,123 @@ def test_what_is_exported_is_what_is_asked():
     assert_close(made['decoder'][0](latents), decode(vae, latents), rtol=1e-4, atol=1e-4)
     ids = torch.randint(0, 48, (2, 7))
     assert torch.equal(made['text_encoder'][0](ids), text(ids))
+# ---------------------------------------------------------------- make it fast: a small decoder
+
+small_config = dict(latent_channels=4, in_channels=3, out_channels=3, encoder_block_out_channels=(6,)*4, num_encoder_blocks=(0, 1, 2, 0),
+                    decoder_block_out_channels=(5,)*4, num_decoder_blocks=(2, 0, 1, 1))
+
+@torch.no_grad()
+def test_a_small_vae_equals_diffusers():
+    import warnings
+    from diffusers import AutoencoderTiny
+    from sdlearn.fast.decoder import TinyVAE
+    from sdlearn.vae import decode, encode
+    theirs = randomized(AutoencoderTiny(**small_config, scaling_factor=.5))
+    ours = TinyVAE(dict(theirs.config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, z = torch.rand(2, 3, 16, 24)*2-1, 4*torch.randn(2, 4, 2, 3)
+    assert_close(ours.encoder(x), theirs.encode(x).latents, rtol=1e-4, atol=1e-5)
+    assert_close(ours.decoder(z), theirs.decode(z).sample, rtol=1e-4, atol=1e-5)
+    for vae in (ours, theirs):                          # the same door as for a large one; its scale is obeyed
+        assert_close(encode(vae, x), theirs.encode(x).latents*.5, rtol=1e-4, atol=1e-5)
+        assert_close(encode(vae, x, torch.Generator()), encode(vae, x))             # no cloud to draw from
+        assert_close(decode(vae, z), theirs.decode(z/.5).sample, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match='multiple of 8'): encode(vae, torch.zeros(1, 3, 12, 16))
+        with pytest.raises(ValueError, match='(B,4,h,w)'): decode(vae, torch.zeros(1, 3, 2, 2))
+    with warnings.catch_warnings(record=True) as said:  # half precision that overflows is decoded again
+        warnings.simplefilter('always')
+        ours.decoder.layers[0].weight *= 1e5
+        image = decode(ours.half(), z[:1]*100)
+    assert image.dtype==torch.float32 and image.isfinite().all() and 'float32' in str(said[0].message)
+
+@torch.no_grad()
+def test_every_setting_of_a_small_vae_is_obeyed_or_refused():
+    from diffusers import AutoencoderTiny
+    from sdlearn.fast.decoder import TinyVAE, tiny_config
+    x = torch.randn(1, 4, 2, 2)
+    kept, refused = hold_to_the_table(tiny_config, TinyVAE, AutoencoderTiny, small_config, lambda net: net.decoder(x))
+    assert kept>=3 and refused>=3, (kept, refused)
+    for odd in (dict(num_decoder_blocks=(1, 1)), dict(num_encoder_blocks=(1, 1, 1, -1)), dict(num_decoder_blocks=3),
+                dict(decoder_block_out_channels=(5, 5, 5, 6))):
+        with pytest.raises(ValueError, match='every floor and one width'): TinyVAE(small_config|odd)
+
+@torch.no_grad()
+def test_doubling_and_convolving_are_one_kernel():
+    from torch.nn import functional as F
+    from sdlearn.fast.decoder import UpConv, painted
+    ends = torch.tensor([1., 2, 2, 1])
+    assert torch.equal(painted(torch.ones(1, 1, 3, 3))[0, 0], ends[:, None]*ends)    # patches that overlap
+    up, x = randomized(UpConv(3)), torch.randn(2, 3, 4, 5)
+    assert_close(up(x), F.conv2d(F.interpolate(x, scale_factor=2.), up.weight, padding=1), rtol=1e-4, atol=1e-5)
+    corner = torch.zeros(1, 1, 3, 3)
+    corner[..., 0, 2] = 1                              # looks up and to the right
+    up = UpConv(1)
+    up.weight.copy_(corner)
+    spot = torch.zeros(1, 1, 3, 3)
+    spot[..., 1, 1] = 1
+    assert up(spot)[0, 0].nonzero().tolist()==[[3, 1], [3, 2], [4, 1], [4, 2]]       # so it lands below and to the left
+
+def test_what_a_small_decoder_is_taught():
+    from torch.nn import functional as F
+    from sdlearn.fast.decoder import distil_loss, edge_loss
+    ramp = torch.arange(8.).expand(1, 3, 8, 8)*.1
+    zero = torch.zeros(1, 3, 8, 8)
+    for x in (ramp, ramp.mT): assert_close(edge_loss(x, zero), torch.tensor(.1))      # one way of two, and the other is flat
+    assert_close(edge_loss(ramp+ramp.mT+.5, zero), torch.tensor(.2))
+    z = torch.randn(5, 4, 6, 9)
+    pictures = F.interpolate(z[:, :3], scale_factor=8)
+    def large(z): return F.interpolate(z[:, :3], scale_factor=8)
+    for side, seen in ((4, (4, 4)), (8, (6, 8)), (99, (6, 9))):
+        sizes = set()
+        def net(z): return sizes.add(tuple(z.shape)) or large(z)
+        fn = distil_loss(z, pictures, 7, side)
+        assert all(fn(net, torch.Generator().manual_seed(i))==0 for i in range(9)) and sizes=={(7, 4, *seen)}
+    assert_close(distil_loss(z, pictures)(lambda z: large(z)+.5, torch.Generator().manual_seed(0)), torch.tensor(.5+4*.25))
+    assert distil_loss(z, pictures)(lambda z: large(z).flip(-1), torch.Generator().manual_seed(0))>.1
+    for bad in ((z, pictures[:4]), (z, pictures[..., :-8]), (z[:0], pictures[:0]), (z, pictures, 0), (z, pictures, 4, 0)):
+        with pytest.raises(ValueError, match='expected'): distil_loss(*bad)
+
+def test_a_glance_is_the_best_linear_map():
+    from torch.nn import functional as F
+    from sdlearn.fast.decoder import fit_preview, preview
+    colours = torch.tensor([[.1, 0, 0], [0, .2, 0], [0, 0, -.3], [.05, .05, .05], [.2, 0, -.1]])
+    z = torch.zeros(1, 4, 2, 3)
+    z[0, 1, 1, 2] = 1
+    seen = preview(z, colours)
+    assert_close(seen[0, :, 0, 0], colours[4])
+    assert_close(seen[0, :, 1, 2], colours[1]+colours[4])
+    assert preview(z+99, colours).abs().max()==1        # colours, whatever the latents
+    z = torch.randn(6, 4, 5, 4)
+    grain = torch.randn(6, 3, 5, 8, 4, 8)*.1
+    grain -= grain.mean((3, 5), keepdim=True)           # what is finer than a latent does not count
+    pictures = F.interpolate(torch.einsum('bchw,ck->bkhw', z, colours[:4])+colours[4][:, None, None], scale_factor=8)
+    assert_close(fit_preview(z, pictures+grain.reshape(pictures.shape)), colours, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match='40x32'): fit_preview(z, pictures[..., :16])
+    with pytest.raises(ValueError, match='fit_preview'): preview(z, colours[:4])
+
+@torch.no_grad()
+def test_the_small_vae_in_the_box(bundles):
+    from dataclasses import replace
+    from diffusers import AutoencoderTiny
+    from safetensors import safe_open
+    from sdlearn.fast.decoder import load_small, small_path
+    from sdlearn.idea.autoencoder import psnr
+    from sdlearn.core import images_to_tensor
+    from sdlearn.pipeline import txt2img
+    from sdlearn.pocket.scenes import render
+    from sdlearn.vae import decode, encode
+    assert sum(f.stat().st_size for f in small_path().iterdir())<1e6
+    with safe_open(small_path()/'diffusion_pytorch_model.safetensors', 'pt') as f:
+        assert all(f.get_tensor(k).dtype==torch.float16 for k in f.keys())
+    small, theirs = load_small(), AutoencoderTiny.from_pretrained(small_path(), use_safetensors=True)
+    sd = bundles['own']
+    x = images_to_tensor([render('fox', background='beach', seed=1)[0]])
+    z = encode(sd.vae, x)
+    large = decode(sd.vae, z).clamp(-1, 1)
+    assert_close(decode(small, z), theirs.decode(z).sample, rtol=0, atol=1e-5)
+    assert_close(encode(small, x), theirs.encode(x).latents, rtol=0, atol=1e-5)
+    assert psnr(decode(small, z).clamp(-1, 1), large)>22
+    assert (encode(small, x)-z).square().mean()<.45**2
+    how = dict(num_inference_steps=2, seed=0, progress=False)
+    [a], [b] = (txt2img(bundle, 'a fox', **how) for bundle in (sd, replace(sd, vae=small)))
+    assert a!=b and psnr(images_to_tensor(b), images_to_tensor(a))>17
