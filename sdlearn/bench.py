@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cold_ours', 'cold_theirs', 'alternate', 'spread', 'ratio', 'diffusers_pipeline', 'deep_dive_loop', 'Timed',
-           'outside_share', 'cold', 'remedies', 'bench', 'main']
+           'outside_share', 'cold', 'remedies', 'loop_alone', 'bench', 'main']
 
 # %% ../nbs/93_bench.ipynb #442ecc1a
 import argparse, copy, os, platform, subprocess, sys, time
@@ -13,9 +13,10 @@ import numpy as np, torch
 from .core import seeded_noise
 from .denoiser import noise_predictor
 from .fast.cache import cached_predictor
+from .fast.decoder import load_small
 from .load import load_sd, pocket_path
-from .pipeline import encode_prompt, txt2img
-from .sample import make_plan
+from .pipeline import encode_prompt, plan_for, txt2img
+from .sample import make_plan, sample
 from .vae import decode
 
 # %% ../nbs/93_bench.ipynb #49399c5e
@@ -165,6 +166,35 @@ def _remedies(steps, n): # name -> ratio of whole pictures, against unmodified d
     rounds = alternate(dict(theirs=theirs)|ways, n)
     return {f'{name}, against diffusers': ratio(rounds, 'theirs', name) for name in ways}
 
+# %% ../nbs/93_bench.ipynb #96cb80d9
+def loop_alone(
+    sd,             # `SD` bundle
+    steps:int=None, # Of DDIM; None: the checkpoint's own steps and sampler, e.g. a student's
+):                  # A function without arguments: words are read before, nothing is decoded
+    "From noise to latents and no more"
+    plan = plan_for(sd, steps and 'ddim', steps)
+    emb, noise = encode_prompt(sd, ['A picture of a fox']).detach(), seeded_noise((4, 16, 16), [0])
+    @torch.no_grad()
+    def draw():
+        for step in sample(plan, noise_predictor(sd, emb), plan.start(noise)): pass
+        return step.x_next
+    return draw
+
+def _students(steps, n): # name -> ratio of whole pictures, or of the loop alone
+    own, fast = load_sd(networks='own'), load_sd(networks='own', fast=True)
+    small = replace(fast, vae=load_small())
+    pipe, fox = diffusers_pipeline('DDIMScheduler'), 'A picture of a fox'
+    def theirs(): pipe(fox, num_inference_steps=steps, latents=seeded_noise((4, 16, 16), [0]))
+    def whole(sd): return lambda: txt2img(sd, fox, seed=0, progress=False)
+    def all_steps(): _draw(own, 'ddim', 1000)
+    quick = dict(student=whole(fast), small=whole(small), few=loop_alone(fast))
+    rounds = alternate(quick|dict(theirs=theirs, many=loop_alone(own, steps)), n)
+    long = alternate(quick|dict(theirs=all_steps, many=loop_alone(own, 1000)), max(1, n//4))
+    names = dict(student=('theirs', 'whole picture'), small=('theirs', 'with the small decoder'),
+                 few=('many', 'the loop alone'))
+    return {f'student of 4 steps, against {m} guided ones: {name}': ratio(r, slow, k)
+            for m, r in ((steps, rounds), (1000, long)) for k, (slow, name) in names.items()}
+
 # %% ../nbs/93_bench.ipynb #3f45b3e8
 def _warm(steps, n): # name -> ratio of whole pictures
     own, sd, pipe = load_sd(networks='own'), load_sd(), diffusers_pipeline('DDIMScheduler')
@@ -194,7 +224,8 @@ def bench(
 )->dict:          # name -> (lower quartile, median, upper quartile)
     "Every number of the README, measured here and now"
     share = spread(outside_share(steps) for _ in range(n))
-    return (_warm(steps, n)|_remedies(steps, n)|{'share of time outside the networks': share}
+    warm = _warm(steps, n)|_remedies(steps, n)|_students(steps, n)
+    return (warm|{'share of time outside the networks': share}
             |_cold(min(steps, 20), max(1, n//2)))
 
 def main(argv=None):
