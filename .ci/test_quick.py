@@ -2704,19 +2704,24 @@ def test_a_network_is_told_its_guidance_as_diffusers_tells_it():
 @torch.no_grad()
 def test_a_guided_student_learns_the_line_through_two_answers():
     from sdlearn.fast.guided import Answers, guided_loss, teacher_answers
-    from sdlearn.schedule import Schedule, sigma_at
+    from types import SimpleNamespace
+    from sdlearn.denoiser import noise_predictor
+    from sdlearn.sample import make_plan, sample
+    from sdlearn.schedule import Schedule, scale_input
     net, theirs, x, t, words = guided_pair()
     g = torch.Generator().manual_seed(0)
-    got = teacher_answers(net.network, x, words, words[:1]*0, 19, g)
-    assert [len(v) for v in got]==[19]*5 and {*got.t.tolist()}>{*()}
-    for i in (0, 17):
-        row = got.x_in[i:i+1], got.t[i:i+1]
-        assert_close(net.network(*row, got.words[i:i+1]), got.text[i:i+1], rtol=1e-3, atol=1e-4)
-        assert_close(net.network(*row, words[:1]*0), got.uncond[i:i+1], rtol=1e-3, atol=1e-4)
-    same = [(got.words[i]==words).all((1, 2)).nonzero().item() for i in range(19)]
-    s = sigma_at(got.t)[:, None, None, None]
-    noise = (got.x_in*(s**2+1)**.5-x[same])/s                       # what was added is standard noise
-    assert abs(noise.std()-1)<.1 and abs(noise.mean())<.1
+    scales, emb = torch.tensor([1., 4., 8.]), torch.cat([words*0, words])
+    plan = make_plan('ddim', 4)
+    for kind in ('epsilon', 'v_prediction'):
+        sd = SimpleNamespace(unet=net.network, schedule=Schedule(prediction_type=kind), guidance_scale=4.)
+        got = teacher_answers(sd, emb, x, scales, plan)
+        assert got.t.tolist()==[t for t in plan.timesteps for _ in range(3)] and [len(v) for v in got]==[12]*5
+        for i in range(3):                                          # each went its own way, that of its scale
+            row = [v[i::3] for v in got]
+            assert_close(net.network(*row[:3]), row[4], rtol=1e-3, atol=1e-4)
+            assert_close(net.network(*row[:2], row[2]*0), row[3], rtol=1e-3, atol=1e-4)
+            way = [*sample(plan, noise_predictor(sd, emb[i::3], scales[i].item()), plan.start(x[i:i+1]))]
+            assert_close(torch.cat([scale_input(s.x, s.sigma) for s in way]), row[0], rtol=1e-3, atol=1e-3)
     class Student(torch.nn.Module):
         cond_proj, scales, seen = torch.nn.Linear(1, 1), (2., 6.), []
         def forward(self, x_in, t, words, w):
@@ -2747,5 +2752,6 @@ def test_guidance_is_told_once_and_never_twice():
                      (lambda: guided_predictor(net, words[0], 2.), '77'), (lambda: guided_predictor(net.network, words, 2.), 'two calls'),
                      (lambda: GuidedUNet(net), 'a plain network'), (lambda: GuidedUNet(theirs, 8.), 'least, most'),
                      (lambda: GuidedUNet(theirs, (3, 3)), 'least, most'), (lambda: net.at('much'), 'from 1 to 8'),
-                     (lambda: teacher_answers(theirs, x, words[:2], words[:1], 4, None), 'one caption')):
+                     (lambda: teacher_answers(net, words, x, torch.ones(3), None), 'two halves'),
+                     (lambda: teacher_answers(net, both, x, torch.ones(2), None), 'for each picture')):
         with pytest.raises(ValueError, match=say): bad()

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['guidance_features', 'check_scales', 'GuidedUNet', 'Answers', 'teacher_answers', 'guided_loss', 'guided_predictor']
 
-# %% ../../nbs/51_guided.ipynb #bcaeb35e
+# %% ../../nbs/51_guided.ipynb #ebe2d16d
 import copy, math
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
-from ..adapt.lora import ask_network, draw_batch
-from ..core import check_number, check_tensor, real, whole
-from ..denoiser import noise_predictor
+from ..adapt.lora import ask_network
+from ..core import check_tensor, real
+from ..denoiser import as_noise, noise_predictor
 from ..guidance import cfg
-from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at
+from ..sample import Plan, sample
+from ..schedule import SD_V1, Schedule, add_noise, scale_input
 
 # %% ../../nbs/51_guided.ipynb #f46944bd
 def guidance_features(
@@ -32,7 +33,7 @@ def guidance_features(
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     return nn.functional.pad(waves, (0, dim%2))
 
-# %% ../../nbs/51_guided.ipynb #9dc3eadb
+# %% ../../nbs/51_guided.ipynb #2b0b4336
 def _time_layers(network): # what the waves of the time go into: of a UNet, or of a `SmallUNet`
     return network.time_embedding if hasattr(network, 'time_embedding') else network.level
 
@@ -102,14 +103,14 @@ class GuidedUNet(nn.Module):
         the same as another bias of it, W(a+b) + c = W a + (W b + c)"""
         plain = copy.deepcopy(self.network)
         first = _first_layer(plain)
-        first.bias += first.weight@self.told(real(guidance_scale))[0]
+        first.bias.add_(first.weight@self.told(real(guidance_scale))[0])
         return plain
 
     def diffusers_state(self)->dict: # name -> weight
         "For diffusers' UNet2DConditionModel with `time_cond_proj_dim` in its config"
         return self.network.state_dict()|{'time_embedding.cond_proj.weight': self.cond_proj.weight}
 
-# %% ../../nbs/51_guided.ipynb #cb9f07fa
+# %% ../../nbs/51_guided.ipynb #af1a49ae
 class Answers(NamedTuple):
     "What a teacher was asked, and its answers without and with the words"
     x_in:Tensor   # (N,4,h,w) noisy latents scaled to std about 1
@@ -120,31 +121,27 @@ class Answers(NamedTuple):
 
 @torch.no_grad()
 def teacher_answers(
-    unet,                    # The teacher: our UNet or diffusers'
-    latents:Tensor,          # (P,4,h,w) pictures, encoded once
-    words:Tensor,            # (P,77,D) their captions, embedded once
-    nothing:Tensor,          # (1,77,D) the embedding of '', or of a negative prompt
-    n:int,                   # How many noisy latents to ask about
-    generator,               # torch.Generator on the CPU
-    schedule:Schedule=SD_V1, # The checkpoint's
-)->Answers:
-    "Ask the teacher twice about each noisy picture; that is enough for every scale"
-    check_tensor(latents, 'latents', '(P,4,h,w)')
-    check_tensor(words, 'one caption for each picture', f'({len(latents)},77,D)')
-    check_tensor(nothing, 'the embedding of no words', f'(1,77,{words.shape[2]})')
-    n = check_number(n, 'how many noisy latents', 1, read=whole)
-    sizes = [16]*(n//16)+[n%16]*(n%16>0)
-    batches = (draw_batch(latents, words, bs, generator, schedule, unet) for bs in sizes)
-    rows = [_answer(unet, *batch, nothing, schedule) for batch in batches]
+    sd,                  # `SD` bundle, the teacher
+    text_embeddings:Tensor, # (2B,77,D), the unconditional half first
+    noise:Tensor,        # (B,4,h,w) standard normal
+    scales:Tensor,       # (B,) the guidance scale that each is drawn with
+    plan:Plan,           # Where it stops on its way
+)->Answers:              # Of B pictures at n steps
+    "Let a teacher draw with guidance, and write down what it is asked and what it answers"
+    check_tensor(text_embeddings, 'text embeddings in two halves', f'({2*len(noise)},77,D)')
+    check_tensor(scales, 'one guidance scale for each picture', f'({len(noise)})')
+    words, rows = text_embeddings.chunk(2)[1], []
+    def ask(x, sigma, t):
+        x_in, ts = scale_input(x, sigma), torch.full((len(x),), float(t), device=x.device)
+        both = torch.cat([x_in]*2), torch.cat([ts]*2), text_embeddings
+        uncond, text = ask_network(sd.unet, *both).chunk(2)
+        rows.append(Answers(x_in, ts, words, uncond, text))
+        guided = cfg(uncond, text, scales.to(text)[:, None, None, None])
+        return as_noise(guided, x_in, sigma, sd.schedule.prediction_type)
+    for step in sample(plan, ask, plan.start(noise)): pass
     return Answers(*map(torch.cat, zip(*rows)))
 
-def _answer(unet, x0, words, noise, t, nothing, schedule):
-    sigma = sigma_at(t, schedule)
-    x_in = scale_input(add_noise(x0, noise, sigma), sigma)
-    uncond = ask_network(unet, x_in, t, nothing.to(words).expand_as(words))
-    return Answers(x_in, t, words, uncond, ask_network(unet, x_in, t, words))
-
-# %% ../../nbs/51_guided.ipynb #79ed9758
+# %% ../../nbs/51_guided.ipynb #639311f2
 def guided_loss(
     answers:Answers, # From `teacher_answers`
     bs:int=8,        # Noisy latents in a batch
@@ -159,7 +156,7 @@ def guided_loss(
         return (net(x_in, t, words, w)-target).square().mean()
     return loss
 
-# %% ../../nbs/51_guided.ipynb #d889f854
+# %% ../../nbs/51_guided.ipynb #7e8fae79
 def guided_predictor(
     net:GuidedUNet,          # The student
     words:Tensor,            # (B,77,D) embeddings of the prompts; no unconditional half
