@@ -2742,7 +2742,11 @@ def test_guidance_is_told_once_and_never_twice():
     from sdlearn.schedule import scale_input
     net, theirs, x, t, words = guided_pair()
     both = torch.cat([words*0, words])
+    asked = []
+    hook = net.network.conv_in.register_forward_hook(lambda module, args, out: asked.append(len(args[0])))
     said = guided_predictor(net, words, 3.)(x, 2., 500.)
+    hook.remove()
+    assert asked==[3]                                               # one call for each picture
     assert_close(said, net(scale_input(x, 2.), 500, words, 3.), rtol=1e-4, atol=1e-4)
     for bad, say in ((lambda: net(x, t, words), 'expected a guidance_scale'), (lambda: net(x, t, words, 9.), 'from 1 to 8'),
                      (lambda: noise_predictor(net, both, 4.)(x, 2., 500.), 'do not guide it again'),

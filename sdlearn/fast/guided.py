@@ -110,7 +110,7 @@ class GuidedUNet(nn.Module):
         "For diffusers' UNet2DConditionModel with `time_cond_proj_dim` in its config"
         return self.network.state_dict()|{'time_embedding.cond_proj.weight': self.cond_proj.weight}
 
-# %% ../../nbs/51_guided.ipynb #af1a49ae
+# %% ../../nbs/51_guided.ipynb #0366e350
 class Answers(NamedTuple):
     "What a teacher was asked, and its answers without and with the words"
     x_in:Tensor   # (N,4,h,w) noisy latents scaled to std about 1
@@ -141,7 +141,7 @@ def teacher_answers(
     for step in sample(plan, ask, plan.start(noise)): pass
     return Answers(*map(torch.cat, zip(*rows)))
 
-# %% ../../nbs/51_guided.ipynb #639311f2
+# %% ../../nbs/51_guided.ipynb #79ed9758
 def guided_loss(
     answers:Answers, # From `teacher_answers`
     bs:int=8,        # Noisy latents in a batch
@@ -156,7 +156,7 @@ def guided_loss(
         return (net(x_in, t, words, w)-target).square().mean()
     return loss
 
-# %% ../../nbs/51_guided.ipynb #7e8fae79
+# %% ../../nbs/51_guided.ipynb #041ee651
 def guided_predictor(
     net:GuidedUNet,          # The student
     words:Tensor,            # (B,77,D) embeddings of the prompts; no unconditional half
