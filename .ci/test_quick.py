@@ -18,7 +18,7 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
-    sample fast.student fast.progressive fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
+    sample fast.guided fast.student fast.progressive fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
@@ -3171,3 +3171,109 @@ def test_the_small_vae_in_the_box(bundles):
     how = dict(num_inference_steps=2, seed=0, progress=False)
     [a], [b] = (txt2img(bundle, 'a fox', **how) for bundle in (sd, replace(sd, vae=small)))
     assert a!=b and psnr(images_to_tensor(b), images_to_tensor(a))>17
+# ---------------------------------------------------------------- guidance as an input
+
+def guided_pair(dim=32):
+    "A tiny student whose scale is heard, and diffusers' network with its weights"
+    from diffusers import UNet2DConditionModel
+    from sdlearn.fast.guided import GuidedUNet
+    from sdlearn.unet import UNet
+    torch.manual_seed(0)
+    net = randomized(GuidedUNet(UNet(tiny_unet), (1., 8.), dim))
+    theirs = UNet2DConditionModel(**tiny_unet|dict(time_cond_proj_dim=dim))
+    theirs.load_state_dict(net.diffusers_state())
+    x, words = torch.randn(3, 4, 8, 8), torch.randn(3, 77, tiny_unet['cross_attention_dim'])
+    return net, theirs, x, torch.tensor([999, 500, 3]), words
+
+def test_guidance_features_are_those_of_diffusers():
+    from diffusers import LatentConsistencyModelPipeline
+    from sdlearn.fast.guided import guidance_features
+    for dim in (256, 33):
+        for scale in (1., 3.3, 7.5, 13.7):
+            want = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.tensor([scale-1]), dim)
+            assert_close(guidance_features(scale, dim), want, rtol=0, atol=1e-6)
+            assert_close(guidance_features(torch.tensor([scale, 2.]), dim)[:1], want, rtol=0, atol=2e-3) # float32 scales
+
+@torch.no_grad()
+def test_a_network_is_told_its_guidance_as_diffusers_tells_it():
+    from sdlearn.adapt.lora import put_lora
+    from sdlearn.fast.guided import GuidedUNet, guidance_features
+    net, theirs, x, t, words = guided_pair()
+    w = torch.tensor([1., 3.25, 8.])
+    said = net(x, t, words, w)
+    assert_close(said, theirs(x, t, words, timestep_cond=guidance_features(w, 32)).sample, rtol=1e-4, atol=1e-4)
+    for i in range(3):
+        row = x[i:i+1], t[i:i+1], words[i:i+1]
+        assert_close(net.at(w[i].item())(*row), said[i:i+1], rtol=1e-4, atol=1e-4)
+    assert (net(x, t, words, 8.)-net(x, t, words, 1.)).abs().max()>1e-2
+    plain = net.network(x, t, words)                                # no hook is left behind
+    assert (plain-said).abs().max()>1e-2 and torch.equal(plain, net.network(x, t, words))
+    with pytest.raises(ValueError): net(x[:, :2], t, words, 2.)     # nor after an error
+    assert torch.equal(plain, net.network(x, t, words))
+    fresh = GuidedUNet(net.network)
+    assert torch.equal(fresh(x, t, words, 5.), plain)               # it starts as its teacher
+    around = GuidedUNet(theirs, dim=32)                             # diffusers' own network inside
+    around.cond_proj.load_state_dict(net.cond_proj.state_dict())
+    assert_close(around(x, t, words, w), said, rtol=1e-4, atol=1e-4)
+    for m in put_lora(net.network, 2, names=('linear_1', 'to_q')).values(): torch.nn.init.normal_(m.up.weight)
+    assert (net(x, t, words, 3.)-said).abs().max()>1e-2             # with low-rank changes beside the layers too
+    assert_close(net.at(3.)(x, t, words), net(x, t, words, 3.), rtol=1e-4, atol=1e-4)
+
+@torch.no_grad()
+def test_a_guided_student_learns_the_line_through_two_answers():
+    from sdlearn.fast.guided import Answers, guided_loss, teacher_answers
+    from types import SimpleNamespace
+    from sdlearn.denoiser import noise_predictor
+    from sdlearn.sample import make_plan, sample
+    from sdlearn.schedule import Schedule, scale_input
+    net, theirs, x, t, words = guided_pair()
+    g = torch.Generator().manual_seed(0)
+    scales, emb = torch.tensor([1., 4., 8.]), torch.cat([words*0, words])
+    plan = make_plan('ddim', 4)
+    for kind in ('epsilon', 'v_prediction'):
+        sd = SimpleNamespace(unet=net.network, schedule=Schedule(prediction_type=kind), guidance_scale=4.)
+        got = teacher_answers(sd, emb, x, scales, plan)
+        assert got.t.tolist()==[t for t in plan.timesteps for _ in range(3)] and [len(v) for v in got]==[12]*5
+        for i in range(3):                                          # each went its own way, that of its scale
+            row = [v[i::3] for v in got]
+            assert_close(net.network(*row[:3]), row[4], rtol=1e-3, atol=1e-4)
+            assert_close(net.network(*row[:2], row[2]*0), row[3], rtol=1e-3, atol=1e-4)
+            way = [*sample(plan, noise_predictor(sd, emb[i::3], scales[i].item()), plan.start(x[i:i+1]))]
+            assert_close(torch.cat([scale_input(s.x, s.sigma) for s in way]), row[0], rtol=1e-3, atol=1e-3)
+    class Student(torch.nn.Module):
+        cond_proj, scales, seen = torch.nn.Linear(1, 1), (2., 6.), []
+        def forward(self, x_in, t, words, w):
+            self.seen.append(w)
+            return 3*w[:, None, None, None]+0*x_in
+    one = torch.ones(5, 4, 8, 8)
+    line = Answers(one, torch.zeros(5), words[:1].expand(5, -1, -1), 0*one, 3*one)
+    student = Student()
+    assert guided_loss(line, 500)(student, g)<1e-8                  # uncond + w (text - uncond) = 3w
+    w = student.seen[0]
+    assert 2<=w.min()<2.1 and 5.9<w.max()<=6 and abs(w.mean()-4)<.2
+    assert_close(guided_loss(line._replace(uncond=one), 500)(student, g), (1-student.seen[1]).square().mean()) # 1 + 2w
+
+@torch.no_grad()
+def test_guidance_is_told_once_and_never_twice():
+    from sdlearn.denoiser import noise_predictor
+    from sdlearn.fast.guided import GuidedUNet, guided_predictor, teacher_answers
+    from sdlearn.schedule import scale_input
+    net, theirs, x, t, words = guided_pair()
+    both = torch.cat([words*0, words])
+    asked = []
+    hook = net.network.conv_in.register_forward_hook(lambda module, args, out: asked.append(len(args[0])))
+    said = guided_predictor(net, words, 3.)(x, 2., 500.)
+    hook.remove()
+    assert asked==[3]                                               # one call for each picture
+    assert_close(said, net(scale_input(x, 2.), 500, words, 3.), rtol=1e-4, atol=1e-4)
+    for bad, say in ((lambda: net(x, t, words), 'expected a guidance_scale'), (lambda: net(x, t, words, 9.), 'from 1 to 8'),
+                     (lambda: noise_predictor(net, both, 4.)(x, 2., 500.), 'do not guide it again'),
+                     (lambda: noise_predictor(net, both, 1.)(x, 2., 500.), 'expected a guidance_scale'),
+                     (lambda: guided_predictor(net, words, float('nan')), 'from 1 to 8'),
+                     (lambda: guided_predictor(net, both, 2.)(x, 2., 500.), 'one text embedding'),
+                     (lambda: guided_predictor(net, words[0], 2.), '77'), (lambda: guided_predictor(net.network, words, 2.), 'two calls'),
+                     (lambda: GuidedUNet(net), 'a plain network'), (lambda: GuidedUNet(theirs, 8.), 'least, most'),
+                     (lambda: GuidedUNet(theirs, (3, 3)), 'least, most'), (lambda: net.at('much'), 'from 1 to 8'),
+                     (lambda: teacher_answers(net, words, x, torch.ones(3), None), 'two halves'),
+                     (lambda: teacher_answers(net, both, x, torch.ones(2), None), 'for each picture')):
+        with pytest.raises(ValueError, match=say): bad()
