@@ -50,7 +50,8 @@ def parser()->argparse.ArgumentParser:
 
 _usual = dict(prompt=None, output='out.png', negative='', steps=None, guidance=None, seed=None,
               sampler=None, n=1, grid=False, gif=None, height=None, width=None, image=None,
-              mask=None, strength=None, again=None, model=None, device=None, word=(), lora=(), fast=False)
+              mask=None, strength=None, again=None, model=None, device=None, word=(), lora=(),
+              fast=False)
 _names = dict(prompt='prompt', negative_prompt='negative', num_inference_steps='steps',
               guidance_scale='guidance', seed='seed', sampler='sampler', strength='strength',
               height='height', width='width', n='n', model='model', image='image', mask='mask',

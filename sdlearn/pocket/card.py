@@ -126,7 +126,8 @@ def _student(m, teacher): # of its numbers, beside those of the card
               'teacher, pixels'], ['---']*6]
     return '\n\n'.join([
         '## The student of few steps, by `python -m sdlearn.pocket evaluate --fast`',
-        f"{m['settings']['num_inference_steps']} steps, guidance in its weights: `load_sd(fast=True)`. "
+        f"{m['settings']['num_inference_steps']} steps, guidance in its weights: "
+        "`load_sd(fast=True)`. "
         "The teacher's numbers are those above.",
         '\n'.join(map(_line, heads+both)),
         f"Variety between seeds is {m['variety']['ratio']} of that between true pictures."])+'\n\n'
