@@ -14,7 +14,7 @@ from ..adapt.lora import ask_network
 from ..core import check_number, check_tensor, whole
 from ..denoiser import as_noise, make_step
 from ..guidance import cfg, check_scale
-from ..sample import Plan, intervals
+from ..sample import Plan, ddim_step, intervals
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at, sigma_like
 from ..train import averaged_weights, trained
 from ..unet import predict_x0
@@ -128,9 +128,8 @@ class Way:
         t:Tensor,      # (B,) timesteps
         t_next:Tensor, # (B,) lower ones
     )->Tensor:         # Shape of `x`
-        "One step of DDIM: the line of `sample.ddim`, with a noise level per picture"
-        sigma, sigma_next = (sigma_at(v, self.schedule) for v in (t, t_next))
-        return predict_x0(x, sigma_like(sigma, x), eps)+sigma_like(sigma_next, x)*eps
+        "One step of DDIM, with a noise level per picture"
+        return ddim_step(x, eps, *(sigma_at(v, self.schedule) for v in (t, t_next)))
 
 # %% ../../nbs/52_consistency.ipynb #c5549d6e
 def consistency_loss(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from ..adapt.lora import ask_network
 from ..core import check_tensor
-from ..denoiser import as_noise, check_kind, noise_loss, predict_x0
+from ..denoiser import as_noise, check_kind, noise_loss
 from ..guidance import cfg, check_scale
-from ..sample import Plan, ddim, make_plan
+from ..sample import Plan, ddim, ddim_step, make_plan
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_like
 from ..train import fit
 
@@ -30,7 +30,7 @@ def two_steps(
     "Two steps of DDIM (Song et al. 2020, eq. 12, eta=0)"
     for sigma, sigma_next, t in zip(sigmas, sigmas[1:], ts):
         eps = teacher(x, sigma, t, cond)
-        x = add_noise(predict_x0(x, sigma_like(sigma, x), eps), eps, sigma_next)
+        x = ddim_step(x, eps, sigma, sigma_next)
     return x
 
 def one_step_target(

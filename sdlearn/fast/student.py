@@ -17,9 +17,8 @@ from ..adapt.lora import ask_network, learn_lora, save_lora
 from ..configs import latent_side
 from ..core import check_number, seeded_noise, whole, whole_file
 from ..denoiser import noise_predictor
-from ..sample import dpmpp_2m, make_plan, sample, samplers
-from ..schedule import (SD_V1, Schedule, scale_input, sigma_at, sigma_like,
-                              unscale_input)
+from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
+from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
 
 # %% ../../nbs/53_student.ipynb #751ac54a
@@ -103,8 +102,8 @@ def landing_error(
     rows, t, sigmas = torch.arange(len(i)), torch.tensor(plan.timesteps), torch.tensor(plan.sigmas)
     x_in, sigma, sigma_next = paths[rows, i], sigmas[i], sigmas[i+1]
     eps = ask_network(unet, x_in, t[i].to(x_in.device), words)
-    # x' = x + (sigma' - sigma) eps
-    x_next = unscale_input(x_in, sigma)-sigma_like(sigma-sigma_next, eps)*eps
+    # Euler's x' = x + (sigma' - sigma) eps
+    x_next = ddim_step(unscale_input(x_in, sigma), eps, sigma, sigma_next)
     landed = scale_input(x_next, sigma_next)
     return (landed-paths[rows, i+1]).square().flatten(1).mean(1)
 
@@ -118,11 +117,14 @@ def path_loss(
     "Single steps, each from a stop of the teacher's"
     _check_paths(paths, words, plan)
     def loss(unet, g):
-        k = torch.randint(len(paths), (bs,), generator=g)
+        some = _some(paths, words, bs, g, unet)
         i = torch.randint(len(plan.timesteps), (bs,), generator=g)
-        here = next(unet.parameters()).device
-        return landing_error(unet, paths[k].to(here).float(), words[k].to(here), i, plan).mean()
+        return landing_error(unet, *some, i, plan).mean()
     return loss
+
+def _some(paths, words, bs, generator, unet): # of the paths, where the student is
+    k, here = torch.randint(len(paths), (bs,), generator=generator), next(unet.parameters()).device
+    return paths[k].to(here).float(), words[k].to(here)
 
 def _check_paths(paths, words, plan):
     n = len(plan.timesteps)
@@ -159,14 +161,12 @@ def whole_path_loss(
     "Whole drawings: the student mends its own mistakes. The picture at the end counts most"
     _check_paths(paths, words, plan)
     def loss(unet, g):
-        k = torch.randint(len(paths), (bs,), generator=g)
-        here = next(unet.parameters()).device
-        path = paths[k].to(here).float()
-        came = whole_path(unet, path[:, 0], words[k].to(here), plan)
+        path, told = _some(paths, words, bs, g, unet)
+        came = whole_path(unet, path[:, 0], told, plan)
         errors = torch.stack([(x-path[:, j+1]).square().mean() for j, x in enumerate(came)])
         weights = torch.arange(1., len(came)+1)/len(came)/4
         weights[-1] = 1
-        return (weights.to(here)*errors).sum()
+        return (weights.to(errors)*errors).sum()
     return loss
 
 # %% ../../nbs/53_student.ipynb #a0457ca1
