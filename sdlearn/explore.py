@@ -8,12 +8,16 @@ __all__ = ['Painter', 'explorer', 'appearing', 'sketched', 'prompt', 'film', 'mi
 
 # %% ../nbs/70_explore.ipynb #74ad9c54
 import io, threading
+from dataclasses import replace
+from functools import cache
 import numpy as np, torch
 from PIL import Image
 from .attention import attention_maps, token_places, word_map
 from .core import image_grid, as_rgb, images_to_tensor
 from .denoiser import noise_predictor
-from .pipeline import check_inputs, denoise, native_size, unseen_words
+from .fast.decoder import load_small
+from .folders import pocket_path
+from .pipeline import check_inputs, denoise, native_size, plan_for, unseen_words
 from .pipeline import start_step as first_step
 from .sample import make_plan, noise_from, sample, samplers as nine
 from .schedule import scale_input
@@ -159,6 +163,16 @@ def _start(sd, plan, seeds): # noisy latents, and where more noise comes from
     noise_fn = noise_from([torch.Generator().manual_seed(s) for s in seeds])
     return plan.start(noise_fn(torch.empty(len(seeds), 4, side, side, device=sd.device))), noise_fn
 
+def _way(sd, steps, sampler='dpmpp_2m'): # a student knows one
+    return (steps, sampler) if sd.folded is None else (sd.num_inference_steps, sd.sampler)
+
+@cache
+def _small(device, dtype): return load_small().to(device, dtype)
+
+def _lighter(sd): # the small decoder instead, where it knows the latents
+    if sd.path!=pocket_path(): return sd
+    return replace(sd, vae=_small(sd.device, sd.dtype))
+
 def _picture(sd, latents): # one picture, or several in a row
     return image_grid(latents_to_pil(latents.to(sd.dtype), sd.vae), rows=1)
 
@@ -171,19 +185,21 @@ def appearing(
     every:int=5,  # Steps between two pictures on the way
 ):                # Yields PIL pictures: the prediction every few steps, then the end
     "Pictures on the way from noise"
-    plan = make_plan(sampler, steps, sd.schedule)
+    plan = plan_for(sd, sampler, steps)
     for step in denoise(plan, eps_fn, *_start(sd, plan, seeds), progress=False):
         if step.i and step.i%every==0: yield _picture(sd, step.x0)
     yield _picture(sd, step.x_next)
 
 def sketched(
-    draw,      # draw(steps): a generator of pictures
+    draw,      # draw(sd, steps): a generator of pictures
+    sd,        # `SD` bundle
     steps:int, # Of the true picture
-):             # Yields a sketch, then the pictures of `draw(steps)`
+):             # Yields a sketch, then the pictures of `draw(sd, steps)`
     "The end of a few steps first"
-    for sketch in draw(min(_rough, steps)): pass
-    yield sketch
-    if steps>_rough: yield from draw(steps)
+    if sd.folded is None and steps>_rough:
+        for sketch in draw(_lighter(sd), _rough): pass
+        yield sketch
+    yield from draw(sd, steps)
 
 def prompt(
     sd,                                    # `SD` bundle
@@ -195,14 +211,15 @@ def prompt(
         check_inputs([prompt], steps, guidance)
         emb, note = _read(sd, negative, prompt)
         eps_fn = noise_predictor(sd, emb, guidance)
-        for picture in sketched(lambda n: appearing(sd, eps_fn, [seed], n, sampler), steps):
-            yield picture, note
+        def pictures(sd, n): return appearing(sd, eps_fn, [seed], n, sampler)
+        for picture in sketched(pictures, sd, steps): yield picture, note
     native_size(sd)
+    usual, way = _way(sd, 20)
     controls = dict(
         prompt=_words('prompt', text), negative=_words('negative', '', 'what to move away from'),
-        seed=_whole('seed', seed, 0, 200), steps=_whole('steps', 20, 1, 50),
+        seed=_whole('seed', seed, 0, 200), steps=_whole('steps', usual, 1, 50),
         guidance=_real('guidance', sd.guidance_scale, 0, 14, .5),
-        sampler=_one_of('sampler', nine, 'dpmpp_2m'))
+        sampler=_one_of('sampler', nine, way))
     return explorer(draw, controls, (256, 256), f'Drawn by the model: {text}')
 
 # %% ../nbs/70_explore.ipynb #9b15117b
@@ -215,9 +232,11 @@ def film(
 ):
     "The steps of one picture under a slider"
     kept = []
+    native_size(sd)
+    steps, sampler = _way(sd, steps, sampler)
+    plan = plan_for(sd, sampler, steps)
     def record():
         eps_fn = noise_predictor(sd, _read(sd, '', text)[0])
-        plan = make_plan(sampler, steps, sd.schedule)
         kept.extend(denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False))
     def draw(step):
         if not kept: record()
@@ -226,8 +245,7 @@ def film(
         three = torch.cat([scale_input(at.x, at.sigma), at.x0, end])
         yield _picture(sd, three), (f'sigma {at.sigma:.2f}, timestep {at.t:.0f}; the prediction '
                                     f'is {away:.2f} away from the end')
-    native_size(sd)
-    last = make_plan(sampler, steps, sd.schedule).calls-1
+    last = plan.calls-1
     return explorer(draw, dict(step=_whole('step', last//2, 0, last)), (576, 192),
                     f'Noisy latents, the predicted picture and the end: {text}')
 
@@ -242,9 +260,10 @@ def mix(
     def draw(a, b, share, seed):
         (nothing, *both), note = _read(sd, '', a, b)
         eps_fn = noise_predictor(sd, torch.stack([nothing, mixed(*both, share)]))
-        for picture in sketched(lambda n: appearing(sd, eps_fn, [seed], n), 20):
-            yield picture, note
+        def pictures(sd, n): return appearing(sd, eps_fn, [seed], n, sampler)
+        for picture in sketched(pictures, sd, steps): yield picture, note
     native_size(sd)
+    steps, sampler = _way(sd, 20)
     controls = dict(a=_words('one', a), b=_words('the other', b),
                     share=_real('share', .6, 0, 1, .05), seed=_whole('seed', seed, 0, 200))
     return explorer(draw, controls, (256, 256), f'Between two prompts: {a}, and {b}')
@@ -264,7 +283,7 @@ def words(
     kept, end = [], []
     def record():
         emb, _ = _read(sd, '', text)
-        plan = make_plan('dpmpp_2m', steps, sd.schedule)
+        plan = plan_for(sd, sampler, steps)
         eps_fn = noise_predictor(sd, emb)
         for step in denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False):
             x_in = scale_input(step.x, step.sigma).to(sd.dtype)
@@ -276,6 +295,7 @@ def words(
         bright = word_map(maps, token_places(sd.tokenizer, text, word), end[0].size[::-1])
         yield image_grid([end[0], _brightened(end[0], bright)], rows=1)
     native_size(sd)
+    steps, sampler = _way(sd, steps)
     names = [k for k, _ in sd.unet.named_modules() if k.endswith('attn2')]
     spoken = [*dict.fromkeys(text.replace(',', ' ').replace('.', ' ').split())]
     controls = dict(word=_one_of('word', spoken, spoken[-1]),
@@ -301,15 +321,17 @@ def start_step(
     def draw(prompt, strength, seed):
         first = first_step(steps, strength)
         if first>=steps: raise ValueError('at strength 0 the picture stays as it is')
-        plan = make_plan('dpmpp_2m', steps, sd.schedule).after(first)
+        plan = plan_for(sd, sampler, steps).after(first)
         x, noise_fn = noised(plan, first, seed)
         emb, note = _read(sd, '', prompt)
         eps_fn = noise_predictor(sd, emb)
-        begin = _picture(sd, scale_input(x, plan.sigmas[0]))
+        quick = _lighter(sd)
+        begin = _picture(quick, scale_input(x, plan.sigmas[0]))
         for step in denoise(plan, eps_fn, x, noise_fn, progress=False):
-            if step.i%5==0: yield image_grid([image, begin, _picture(sd, step.x0)], rows=1), note
+            if step.i%5==0: yield image_grid([image, begin, _picture(quick, step.x0)], rows=1), note
         yield image_grid([image, begin, _picture(sd, step.x_next)], rows=1), note
     native_size(sd)
+    steps, sampler = _way(sd, steps)
     controls = dict(prompt=_words('prompt', text), strength=_real('strength', .6, 0, 1, 1/steps),
                     seed=_whole('seed', seed, 0, 200))
     return explorer(draw, controls, (576, 192), f'A picture, its noisy version, and {text}')
@@ -321,17 +343,17 @@ def guidance(
     seeds:tuple=(1, 2, 3, 4),              # One column each
 ):
     "A scale and a wall of seeds"
-    steps, above = 16, []
+    native_size(sd)
+    (steps, sampler), above = _way(sd, 16), []
     def draw(prompt, scale):
         both, note = _read(sd, '', prompt)
         emb = both.repeat_interleave(len(seeds), 0)
-        def row(scale, n): return appearing(sd, noise_predictor(sd, emb, scale), seeds, n, every=8)
+        def row(sd, n, scale=scale):
+            return appearing(sd, noise_predictor(sd, emb, scale), seeds, n, sampler, every=8)
         if not above or above[0]!=prompt:
-            for plain in row(1., steps): pass
+            for plain in row(sd, steps, 1.): pass
             above[:] = prompt, plain
-        for below in sketched(lambda n: row(scale, n), steps):
-            yield image_grid([above[1], below], cols=1), note
-    native_size(sd)
+        for below in sketched(row, sd, steps): yield image_grid([above[1], below], cols=1), note
     controls = dict(prompt=_words('prompt', text),
                     scale=_real('scale', sd.guidance_scale, 0, 14, .5))
     return explorer(draw, controls, (640, 320), f'Four seeds without and with guidance: {text}')
@@ -387,12 +409,13 @@ def latents(
     def draw(channel, row, column, size, amount):
         if not drawn:
             eps_fn = noise_predictor(sd, _read(sd, '', text)[0])
-            plan = make_plan('dpmpp_2m', 20, sd.schedule)
+            plan = plan_for(sd, sampler, steps)
             drawn.extend(denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False))
         x = drawn[-1].x_next.clone()
         x[:, channel, row:row+size, column:column+size] += amount
         yield image_grid([_channel(x[0, channel], native_size(sd)), _picture(sd, x)], rows=1)
     last = native_size(sd)//8-1
+    steps, sampler = _way(sd, 20)
     controls = dict(channel=_one_of('channel', range(4)), row=_whole('row', 4, 0, last),
                     column=_whole('column', 4, 0, last), size=_whole('size', 5, 1, last+1),
                     amount=_real('amount', 2., -4, 4, .5))
