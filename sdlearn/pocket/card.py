@@ -7,17 +7,19 @@ __all__ = ['facts', 'update_facts', 'standard_error', 'model_card', 'write_card'
 
 # %% ../../nbs/63_card.ipynb #733f93c0
 import json, math
-from pathlib import Path
+from ..core import as_path
 from ..folders import pocket_path, read_json
 
 # %% ../../nbs/63_card.ipynb #0581a2f3
-def _folder(path): return Path(path or pocket_path())
+def _folder(path): return as_path(path or pocket_path(), 'the folder of a checkpoint')
 
 def facts(
     path=None, # A checkpoint folder; pocket when missing
 )->dict:       # `subjects`: how many it was trained on; `training`, `metrics`, `failures`
     "What is known about a version of pocket, from the file pocket.json beside the weights"
-    return json.loads((_folder(path)/'pocket.json').read_text(encoding='utf8'))
+    if known := read_json(_folder(path)/'pocket.json'): return known
+    raise ValueError(f"expected the folder of a checkpoint, got {path}, which holds no pocket.json. "
+                     "python -m sdlearn.pocket train makes both.")
 
 def update_facts(
     path=None, # A checkpoint folder, with or without pocket.json; pocket when missing

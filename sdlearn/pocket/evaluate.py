@@ -12,10 +12,9 @@ __all__ = ['first_new', 'many', 'few', 'guidance_scales', 'examples', 'rivals', 
 import argparse, json, time
 from dataclasses import fields, replace
 from functools import lru_cache
-from pathlib import Path
 import numpy as np, torch
 from torch.nn import functional as F
-from ..core import image_grid, images_to_tensor
+from ..core import as_path, image_grid, images_to_tensor
 from ..fast.student import train_student
 from ..idea.autoencoder import psnr
 from ..judge import load_clip, pixel_features, share
@@ -412,7 +411,7 @@ def plot_page(
 
 def _write_out(folder, m, sheets):
     import matplotlib.pyplot as plt
-    folder = Path(folder)
+    folder = as_path(folder, 'a folder')
     folder.mkdir(parents=True, exist_ok=True)
     for name, images in sheets.items():
         columns = {'seeds': 3, 'guidance': len(images)//len(guidance_scales)}.get(name, 8)
@@ -530,4 +529,4 @@ def main(
     if a.do=='evaluate' and a.keep and a.quick:
         p.error('expected --keep without --quick: the card has the numbers of many pictures')
     try: dict(train=_train, student=_student, evaluate=_evaluate, card=_card)[a.do](a)
-    except (ValueError, FloatingPointError) as e: p.error(str(e))
+    except (ValueError, FloatingPointError, OSError) as e: p.error(str(e))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..configs import read_config, text_config, unet_config, vae_config
-from ..core import image_grid, seeded_noise, tensor_to_images, whole_file
+from ..core import as_path, image_grid, seeded_noise, tensor_to_images, whole_file
 from ..denoiser import noise_loss, noise_predictor, predict_noise
 from ..folders import pocket_path, read_json
 from ..idea.contrast import ImageEncoder, contrastive_loss
@@ -101,11 +101,14 @@ def check_layout(
     folder:Path, # A checkpoint folder
 ):
     "Is it built like pocket? Then pocket's recipe can go on with it"
+    if not (folder/'model_index.json').exists():
+        raise ValueError(f"expected the folder of a checkpoint, got {folder} without "
+                         f"model_index.json. {_cure}")
     for piece, known in _layouts.items():
         ours, said = (vars(read_config(config_of(piece, f), known, _cure)) for f in (None, folder))
-        if odd := [k for k in ours if said[k]!=ours[k]]:
+        if odd := [k for k in ours if said.get(k)!=ours[k]]:
             raise ValueError(f"expected a checkpoint of pocket's layout, got {folder} with "
-                             f"{odd[0]}={said[odd[0]]!r} in {piece}/config.json, not "
+                             f"{odd[0]}={said.get(odd[0])!r} in {piece}/config.json, not "
                              f"{ours[odd[0]]!r}. {_cure}")
     if not (folder/'clip'/'model.safetensors').exists():
         raise ValueError(f"expected a checkpoint with an image encoder, got {folder} without "
@@ -116,10 +119,11 @@ def warm_networks(
 )->tuple:   # `VAE`, `Pair`, `UNet`
     "The networks of a checkpoint, to be trained on"
     from safetensors.torch import load_file
-    check_layout(Path(folder))
+    folder = as_path(folder, 'the folder of a checkpoint')
+    check_layout(folder)
     sd = load_sd(folder, networks='own')
-    pair = Pair(sd.text_encoder, ImageEncoder(**config_of('clip', Path(folder))))
-    state = load_file(Path(folder)/'clip'/'model.safetensors')
+    pair = Pair(sd.text_encoder, ImageEncoder(**config_of('clip', folder)))
+    state = load_file(folder/'clip'/'model.safetensors')
     pair.load_state_dict(state|dict(scale=state['scale'].reshape(())), strict=False)
     return tuple(net.requires_grad_(True) for net in (sd.vae, pair, sd.unet))
 
@@ -396,7 +400,7 @@ def train(
     warm=None,                    # A checkpoint to go on from; None: from nothing
 )->Path:                          # The checkpoint folder
     "Train pocket, or go on where a run stopped, at whatever moment"
-    r, run, out = recipe, Path(run), Path(out)
+    r, run, out = recipe, as_path(run, 'a folder'), as_path(out, 'a folder')
     check_recipe(r, warm)
     check_place(out)
     vae, pair, unet = nets = warm_networks(warm) if warm else new_networks()
