@@ -235,7 +235,8 @@ def load_sd(
     _check_words(tokenizer, nets[0])
     for net in nets: net.eval().requires_grad_(False)
     sd = SD(tokenizer, *nets, path, **notes)
-    return (_put_student(sd, fast) if fast else sd).to(device, dtype)
+    if fast is not None and fast is not False: sd = _put_student(sd, fast)
+    return sd.to(device, dtype)
 
 # %% ../nbs/96_load.ipynb #4c839b45
 _weights = dict(text_encoder='model.safetensors', vae='diffusion_pytorch_model.safetensors',

@@ -137,9 +137,10 @@ def _prompts(prompt, eps_fn, seed, **asked): # one string per picture
 
 def _warn_unheard(sd, negative_prompt, guidance_scale):
     scale = sd.guidance_scale if guidance_scale is None else guidance_scale
-    if scale==1 and negative_prompt not in (None, '') and any(negative_prompt):
-        warnings.warn("a negative prompt is not heard at guidance_scale 1, which asks the prompt "
-                      "alone. Take more than 1.")
+    if scale!=1 or negative_prompt in (None, '') or not any(negative_prompt): return
+    cure = 'Take more than 1.' if sd.folded is None else 'load_sd() without fast hears it.'
+    warnings.warn("a negative prompt is not heard at guidance_scale 1, which asks the prompt "
+                  f"alone. {cure}")
 
 def plan_for(
     sd,                           # `SD` bundle
