@@ -18,8 +18,8 @@ def facts(
 )->dict:       # `subjects`: how many it was trained on; `training`, `metrics`, `failures`
     "What is known about a version of pocket, from the file pocket.json beside the weights"
     if known := read_json(_folder(path)/'pocket.json'): return known
-    raise ValueError(f"expected the folder of a checkpoint, got {path}, which holds no pocket.json. "
-                     "python -m sdlearn.pocket train makes both.")
+    raise ValueError(f"expected the folder of a checkpoint, got {path}, which holds "
+                     "no pocket.json. python -m sdlearn.pocket train makes both.")
 
 def update_facts(
     path=None, # A checkpoint folder, with or without pocket.json; pocket when missing
