@@ -555,6 +555,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdlearn.load.SD.save': ('load.html#sd.save', 'sdlearn/load.py'),
                               'sdlearn.load.SD.to': ('load.html#sd.to', 'sdlearn/load.py'),
                               'sdlearn.load.SD.unload': ('load.html#sd.unload', 'sdlearn/load.py'),
+                              'sdlearn.load._check_pieces': ('load.html#_check_pieces', 'sdlearn/load.py'),
                               'sdlearn.load._check_words': ('load.html#_check_words', 'sdlearn/load.py'),
                               'sdlearn.load._copy_rest': ('load.html#_copy_rest', 'sdlearn/load.py'),
                               'sdlearn.load._fill': ('load.html#_fill', 'sdlearn/load.py'),

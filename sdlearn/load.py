@@ -297,11 +297,21 @@ def _copy_rest(sd, folder): # vocabulary, and pocket's image encoder and facts
     if (sd.path/'clip').is_dir(): shutil.copytree(sd.path/'clip', folder/'clip')
     if (sd.path/'pocket.json').is_file(): shutil.copy(sd.path/'pocket.json', folder)
 
+def _check_pieces(sd): # the small decoder and exported networks have files of their own
+    for piece, usual in _classes.items():
+        net, name = getattr(sd, piece), usual.get('_class_name')
+        said = _settings(net).get('_class_name', name) if hasattr(net, 'state_dict') else None
+        if said!=name:
+            raise ValueError(f"expected networks as load_sd makes them, got a "
+                             f"{type(net).__name__} as {piece}. Save the bundle that it was put "
+                             f"into by replace(sd, {piece}=...).")
+
 def save_sd(
     sd:SD,   # The bundle, as it is now: its weights, its precision, its schedule
     folder,  # A new one
 )->Path:     # The folder
     "Write a checkpoint whole or not at all, in diffusers' layout, without a path of this machine"
+    _check_pieces(sd)
     folder = Path(os.path.realpath(as_path(folder, 'a folder')))    # where a link leads
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"expected a folder that does not exist yet, got {str(folder)!r}. "
