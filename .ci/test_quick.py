@@ -21,7 +21,7 @@ rooms = '''configs core folders train tokenizer attention text vae unet schedule
     sample fast.guided fast.student fast.progressive fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
-    pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
+    pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore page cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
     "Rooms of this package that a module imports, wherever it does"
