@@ -44,14 +44,19 @@ def few_words(
     known.token_embedding = FewRows(known.token_embedding.weight.detach())
     return words
 
-# %% ../nbs/71_page.ipynb #e0264917
-def _halved(onnx, weights): # rounded in place; the node that widens them again, or None
+# %% ../nbs/71_page.ipynb #53b11dbe
+def _halved(onnx, weights): # rounded in place; scales, and the nodes that widen them again
     exact, name = onnx.numpy_helper.to_array(weights), weights.name
-    if exact.dtype!=np.float32 or exact.size<256 or abs(exact).max()>65504: # float16 ends there
-        return None
-    half = exact.astype(np.float16)
-    weights.CopyFrom(onnx.numpy_helper.from_array(half, f'{name}_half'))
-    return onnx.helper.make_node('Cast', [f'{name}_half'], [name], to=onnx.TensorProto.FLOAT)
+    if exact.dtype!=np.float32 or exact.size<256 or abs(exact).max()>1e4: return None # a mask
+    rows = exact.reshape(len(exact), -1) if exact.ndim>1 else exact[None]
+    scale = np.maximum(abs(rows).max(1, keepdims=True)/32767, 1e-30).astype(np.float32)
+    near = (rows/scale).round().astype(np.int16).reshape(exact.shape)
+    scale = scale.reshape(-1, *[1]*(exact.ndim-1))
+    weights.CopyFrom(onnx.numpy_helper.from_array(near, f'{name}_whole'))
+    wide = onnx.helper.make_node('Cast', [f'{name}_whole'], [f'{name}_wide'],
+                                 to=onnx.TensorProto.FLOAT)
+    scaled = onnx.helper.make_node('Mul', [f'{name}_wide', f'{name}_scale'], [name])
+    return onnx.numpy_helper.from_array(scale, f'{name}_scale'), wide, scaled
 
 def halve_weights(
     path, # An ONNX file in float32; rewritten
@@ -59,10 +64,12 @@ def halve_weights(
     "Store the weights in 16 bits each, and calculate in 32 as before"
     onnx = need('onnx')
     model = onnx.load(str(path))
-    casts = [c for weights in model.graph.initializer if (c := _halved(onnx, weights))]
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    graph = model.graph
+    found = [h for weights in graph.initializer if (h := _halved(onnx, weights))]
+    nodes = [n for _, *widen in found for n in widen]+[*graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend([scale for scale, *_ in found])
     whole_file(Path(path), lambda part: onnx.save(model, str(part)))
     return Path(path)
 
@@ -188,8 +195,8 @@ def unpack_runtime(
 def write_page(
     sd,                # `SD` bundle of a student in float32, with any LoRA or word on it
     folder,            # Where to; made when missing
-    prompt:str='A watercolor painting of an otter', # What the page draws first
-    seed:int=32,       # From which noise
+    prompt:str='A panda on the beach', # What the page draws first
+    seed:int=6,        # From which noise
     small=None,        # A `TinyVAE` for the unfinished steps; None: the VAE draws them, slower
     runtime=None,      # .tgz of onnxruntime-web; None: npm fetches it; False: leave it out
 )->Path:               # The folder, which any web server can serve

@@ -15,7 +15,11 @@ export async function bytesOf(name) {
 async function started(name, tell) {
   const bytes = await bytesOf(name);
   tell(name);
-  return ort.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
+  try { return await ort.InferenceSession.create(bytes, { executionProviders: ['wasm'] }); }
+  catch (error) {
+    throw new Error('expected a browser that runs WebAssembly with SIMD, and the files ort.js and ort.wasm beside this ' +
+                    `page; ONNX Runtime says: ${error.message}`);
+  }
 }
 
 // -> { words, noise, sketch, pixels }, what `draw` asks; each waits for its own file alone
