@@ -3315,14 +3315,16 @@ def odd_prompts(n): # all kinds of letters, marks and brackets
     rng = random.Random(0)
     kinds = ['abc xyz', "it's 'll", '(:1.5)', '\\(', '\\)', '0123456789', 'é ñ ü ß İ Σ', '“‘’”', 'ﬁﬄﬆ', 'ＦＯＸ　ｶﾞ', '🦊🎩👩‍👩', '狐狸水獭', 'ひらカタ',
              '\t\n\r\u2028\xa0', '\x00\x07\x1b[1m', '.,;!?-_/', 'नमस्ते', 'مرحبا', 'e\u0301', '<|endoftext|>', '½²Ⅷ', '\x80\x93\x85', 'ǅŉĲ', '# & ~']
-    def one(): return ''.join(rng.choice([rng.choice(k), k]) for k in rng.choices(kinds, k=rng.randint(1, 12)))
+    kinds += [['(', ' (fox ', 'x('], [':1.3)', ':.5) ', ': 2)', ':+1)']]*3
+    def one(): return ''.join(rng.choice([rng.choice(k), k]) if isinstance(k, str) else rng.choice(k)
+                              for k in rng.choices(kinds, k=rng.randint(1, 12)))
     return [one() for _ in range(n)]
 
 def test_the_page_reads_prompts_as_python_does(js):
     from sdlearn.page import tokenizer_settings
     from sdlearn.tokenizer import Tokenizer, read_weights, token_weights, tokenize
     tokenizer = Tokenizer.from_folder(package/'checkpoint'/'tokenizer')
-    texts = odd_prompts(1500)+['', 'a fox '*60, '(a fox:2) '*30, '((a:2) b:3)', 'x'*400, '(a:9)', '(2:3)', '(:2)', '(a (b:.5):2.)']
+    texts = odd_prompts(800)+['', 'a fox '*60, "it's "*50, 'word '*77+'(x:2)',  '(a fox:2) '*30, '((a:2) b:3)', 'x'*400, '(a:9)', '(2:3)', '(:2)', '(a (b:.5):2.)']
     told = js(page_reads, texts=texts, said=tokenizer_settings(tokenizer))
     compared = weighted = cut = 0
     for text, got in zip(texts, told):
@@ -3334,9 +3336,9 @@ def test_the_page_reads_prompts_as_python_does(js):
         said = heard(lambda: tokenize(tokenizer, plain))
         assert got['text']==plain and got['ids']==tokenize(tokenizer, plain)[0].tolist(), repr(text)
         assert_close(torch.tensor(got['weights']).float(), token_weights(tokenizer, text), msg=lambda m: f'{text!r}: {m}')
-        assert [n.replace('“', "'").replace('”', "'") for n in got['notes']]==[s.replace('"', "'") for s in said], text
+        assert re.sub('[“”]', "'", ' '.join(got['notes']))==said.replace('see "', "see '").replace('" and', "' and").replace('". S', "'. S"), text
         compared, weighted, cut = compared+1, weighted+bool(set(got['weights'])-{1}), cut+bool(said)
-    assert compared>1400 and weighted>50 and cut>=3, (compared, weighted, cut)
+    assert compared>700 and weighted>50 and cut>3, (compared, weighted, cut)
 
 def test_text_in_a_wrong_encoding_is_said(js):
     found = js("import { looksGarbled } from './tokenizer.js';\ntexts.map(looksGarbled)",

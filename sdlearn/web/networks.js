@@ -8,7 +8,9 @@ ort.env.wasm.wasmPaths = { wasm: new URL('./ort.wasm', import.meta.url).href };
 // A file, or a sentence that says which one is missing
 export async function bytesOf(name) {
   const answer = await fetch(new URL(name, import.meta.url));
-  if (!answer.ok) throw new Error(`expected the file ${name} beside this page, got “${answer.status} ${answer.statusText}”. Write the page anew.`);
+  if (!answer.ok)
+    throw new Error(`expected the file ${name} beside this page, got “${answer.status} ${answer.statusText}”. ` +
+                    'Write the page anew.');
   return new Uint8Array(await answer.arrayBuffer());
 }
 

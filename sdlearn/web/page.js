@@ -7,7 +7,9 @@ let settings, tokenizer, worker, run = 0, wish, good, began = performance.now();
 
 async function answer(name) {
   const got = await fetch(name);
-  if (!got.ok) throw new Error(`expected the file ${name} beside this page, got “${got.status} ${got.statusText}”. Write the page anew.`);
+  if (!got.ok)
+    throw new Error(`expected the file ${name} beside this page, got “${got.status} ${got.statusText}”. ` +
+                    'Write the page anew.');
   return got;
 }
 

@@ -47,8 +47,9 @@ export function cleanText(text, unescape = unescapeHtml) {
 
 // "cafÃ©": bytes of UTF-8 that somebody took for letters. Python's ftfy mends it, this page only says so.
 const bytePairs = /[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}/;
-const twice = new RegExp(`(${bytePairs.source}){2}`);
-const others = ['windows-1250', 'windows-1251', 'windows-1253', 'windows-1254', 'iso-8859-2', 'macintosh'];
+const twice = new RegExp(`(${bytePairs.source}){2}`);                    // where words look like that too: «СССР»
+const others = { 'windows-1250': bytePairs, 'windows-1254': bytePairs, 'iso-8859-2': bytePairs, macintosh: bytePairs,
+                 'windows-1251': twice, 'windows-1253': twice };
 
 export function looksGarbled(text) {
   for (const [what, by] of fixes.slice(-2)) text = text.replace(what, by);        // what nobody sees
@@ -58,7 +59,8 @@ export function looksGarbled(text) {
     return String.fromCharCode(k < 0 ? Math.min(c.charCodeAt(0), 256) : 128 + k);
   }).join(''));
   const latin = windows + String.fromCharCode(...high.subarray(32));
-  return found(latin, bytePairs) || others.some(name => found(new TextDecoder(name).decode(high), twice));
+  const letters = name => new TextDecoder(name).decode(high);
+  return found(latin, bytePairs) || Object.entries(others).some(([name, what]) => found(letters(name), what));
 }
 
 // ---------------------------------------------------------------- words and their parts
