@@ -3313,7 +3313,7 @@ texts.map(text => { try { return read(text) } catch (e) { return e.message } })'
 def odd_prompts(n): # all kinds of letters, marks and brackets
     import random
     rng = random.Random(0)
-    kinds = ['abc xyz', "it's 'll", '(:1.5)', '\\(', '\\)', '0123456789', 'é ñ ü ß İ Σ', '“‘’”', 'ﬁﬄﬆ', 'ＦＯＸ　ｶﾞ', '🦊🎩👩‍👩', '狐狸水獭', 'ひらカタ',
+    kinds = ['abc xyz', "it's'll'd'm've't're", '(:1.5)', '\\(', '\\)', '0123456789', 'é ñ ü ß İ Σ', '“‘’”', 'ﬁﬄﬆ', 'ＦＯＸ　ｶﾞ', '🦊🎩👩‍👩', '狐狸水獭', 'ひらカタ',
              '\t\n\r\u2028\xa0', '\x00\x07\x1b[1m', '.,;!?-_/', 'नमस्ते', 'مرحبا', 'e\u0301', '<|endoftext|>', '½²Ⅷ', '\x80\x93\x85', 'ǅŉĲ', '# & ~']
     kinds += [['(', ' (fox ', 'x('], [':1.3)', ':.5) ', ': 2)', ':+1)']]*3
     def one(): return ''.join(rng.choice([rng.choice(k), k]) if isinstance(k, str) else rng.choice(k)
@@ -3324,7 +3324,8 @@ def test_the_page_reads_prompts_as_python_does(js):
     from sdlearn.page import tokenizer_settings
     from sdlearn.tokenizer import Tokenizer, read_weights, token_weights, tokenize
     tokenizer = Tokenizer.from_folder(package/'checkpoint'/'tokenizer')
-    texts = odd_prompts(800)+['', 'a fox '*60, "it's "*50, 'word '*77+'(x:2)',  '(a fox:2) '*30, '((a:2) b:3)', 'x'*400, '(a:9)', '(2:3)', '(:2)', '(a (b:.5):2.)']
+    texts = odd_prompts(800)+['', 'a fox '*60, "it's "*50, 'word '*77+'(x:2)', '('+'word '*90+':2)',
+                             '(<|endoftext|> a:2)',  '(a fox:2) '*30, '((a:2) b:3)', 'x'*400, '(a:9)', '(2:3)', '(:2)', '(a (b:.5):2.)']
     told = js(page_reads, texts=texts, said=tokenizer_settings(tokenizer))
     compared = weighted = cut = 0
     for text, got in zip(texts, told):
@@ -3371,6 +3372,14 @@ steps''', timesteps=ts, sigmas=sigmas)
         assert_close(torch.tensor(x0), step.x0.flatten(), atol=1e-4, rtol=1e-4)
         seen = (step.x_next if last else step.x0+.1).clamp(-1, 1)
         assert_close(torch.tensor(image).reshape(4, 4, 4)[..., :3].float(), ((seen+1)*127.5)[0].permute(1, 2, 0), atol=.52, rtol=0)
+
+def test_the_page_makes_bytes_as_python_does(js):
+    from sdlearn.core import tensor_to_images
+    import numpy as np
+    planes = torch.linspace(-1.2, 1.2, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
+    got = js("import { toBytes } from './draw.js';\n[...toBytes(Float32Array.from(planes))]", planes=planes.tolist())
+    right = np.asarray(tensor_to_images(planes.reshape(1, 3, 4, 4))[0])
+    assert np.array_equal(np.array(got).reshape(4, 4, 4)[..., :3], right) and got[3::4]==[255]*16
 
 def test_only_rows_that_are_not_zero_travel():
     from sdlearn.page import FewRows
