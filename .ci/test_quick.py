@@ -200,6 +200,20 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
         new = (tmp_path/'sdlearn'/path.relative_to(package)).read_text(encoding='utf8')
         assert new==path.read_text(encoding='utf8'), f'{path.name} is not what its notebook exports: nbdev_export'
 
+def test_nbdevs_docs_show_a_lesson_as_it_is():
+    # by default nbdev_docs runs exports and cells with imports, on their own, and puts a signature in the place of
+    # exported code; `skip_procs` of settings.ini says no to that: here the code is the lesson
+    process = pytest.importorskip('nbdev.processors').FilterDefaults()
+    from nbdev.process import read_nb
+    def code(text): return re.sub(r'^#\|.*\n?', '', text, flags=re.M).strip()
+    for path in notebooks:
+        nb = read_nb(path)
+        shown = [(code(c.source), len(c.outputs)) for c in nb.cells if c.cell_type=='code' and not
+                 re.search(r'^#\| *hide *$|^ *%', c.source, re.M) and code(c.source)]
+        process(nb)
+        told = [(code(c.source), len(c.outputs)) for c in nb.cells if c.cell_type=='code']
+        assert [t for t in told if t[0]]==shown, f'{path.name}: another lesson after the processing for nbdev_docs'
+
 def test_version_is_said_once():
     ini = configparser.ConfigParser()
     ini.read(root/'settings.ini', encoding='utf8')
