@@ -73,12 +73,16 @@ def halve_weights(
     whole_file(Path(path), lambda part: onnx.save(model, str(part)))
     return Path(path)
 
+# %% ../nbs/71_page.ipynb #016eb7de
 def write_networks(
     sd,         # `SD` bundle in float32
     folder,     # Where to; made when missing
     small=None, # A `TinyVAE` that sketches the unfinished steps; None: the VAE draws them too
 )->dict:        # Name -> file
     "The networks of a page: what `export_onnx` writes, in half the bytes or less"
+    if sd.dtype!=torch.float32 or sd.device.type!='cpu':
+        raise ValueError(f"expected networks in float32 on the CPU, got {sd.dtype} on {sd.device}. "
+                         "Try sd.to('cpu', torch.float32).")
     folder, found = as_path(folder, 'a folder'), parts(sd)
     folder.mkdir(parents=True, exist_ok=True)
     words, ids, said = found['text_encoder']
