@@ -58,7 +58,7 @@ function show({ text, seed, images }) {
 function keep() {
   const name = good.text.trim().toLowerCase().replace(/[^\p{L}\p{N}]+/gu, '-').slice(0, 60) || 'picture';
   Object.assign($('keep'), { href: good.images.at(-1), download: `${name}-${good.seed}.png`, hidden: false });
-  $('python').textContent = `txt2img(load_sd(fast=True), ${JSON.stringify(good.text)}, seed=${good.seed})`;
+  $('python').textContent = `txt2img(sd, ${JSON.stringify(good.text)}, seed=${good.seed})`;
 }
 
 // ---------------------------------------------------------------- drawing
@@ -87,7 +87,7 @@ function hear({ data }) {
   good = wish;
   keep();
   const seconds = (performance.now() - wish.began) / 1000;
-  say([`Drawn in ${seconds.toFixed(1)} s.`, ...wish.notes].join(' '));
+  say([`${run > 1 ? "Drawn" : "Loaded and drawn"} in ${seconds.toFixed(1)} s.`, ...wish.notes].join(' '));
   document.body.dataset.drawn = run;
   document.body.dataset.seconds ??= ((performance.now() - began) / 1000).toFixed(2);
 }
