@@ -181,7 +181,7 @@ def fetch_runtime(
     command = [npm, 'pack', RUNTIME, '--loglevel=error', '--pack-destination', str(folder)]
     done = subprocess.run(command, capture_output=True, encoding='utf8')
     if found := [*Path(folder).glob('*.tgz')]: return found[0]
-    raise OSError(f"expected npm to fetch {RUNTIME}, got: {done.stderr.strip()[-300:] or 'nothing'}"
+    raise OSError(f"expected npm to fetch {RUNTIME}, got: {done.stderr.strip()[:200] or 'nothing'}"
                   ". Is the network there?")
 
 def unpack_runtime(
