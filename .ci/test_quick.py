@@ -21,7 +21,7 @@ rooms = '''configs core folders train tokenizer attention text vae unet schedule
     sample fast.guided fast.student fast.progressive fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
-    pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore cli __main__ bench'''.split()  # from the ground up
+    pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore page cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
     "Rooms of this package that a module imports, wherever it does"
@@ -199,6 +199,20 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
     for path in package.rglob('*.py'):
         new = (tmp_path/'sdlearn'/path.relative_to(package)).read_text(encoding='utf8')
         assert new==path.read_text(encoding='utf8'), f'{path.name} is not what its notebook exports: nbdev_export'
+
+def test_nbdevs_docs_show_a_lesson_as_it_is():
+    # by default nbdev_docs runs exports and cells with imports, on their own, and puts a signature in the place of
+    # exported code; `skip_procs` of settings.ini says no to that: here the code is the lesson
+    process = pytest.importorskip('nbdev.processors').FilterDefaults()
+    from nbdev.process import read_nb
+    def code(text): return re.sub(r'^#\|.*\n?', '', text, flags=re.M).strip()
+    for path in notebooks:
+        nb = read_nb(path)
+        shown = [(code(c.source), len(c.outputs)) for c in nb.cells if c.cell_type=='code' and not
+                 re.search(r'^#\| *hide *$|^ *%', c.source, re.M) and code(c.source)]
+        process(nb)
+        told = [(code(c.source), len(c.outputs)) for c in nb.cells if c.cell_type=='code']
+        assert [t for t in told if t[0]]==shown, f'{path.name}: another lesson after the processing for nbdev_docs'
 
 def test_version_is_said_once():
     ini = configparser.ConfigParser()
@@ -3277,3 +3291,162 @@ def test_guidance_is_told_once_and_never_twice():
                      (lambda: teacher_answers(net, words, x, torch.ones(3), None), 'two halves'),
                      (lambda: teacher_answers(net, both, x, torch.ones(2), None), 'for each picture')):
         with pytest.raises(ValueError, match=say): bad()
+
+# ---------------------------------------------------------------- the page that draws
+
+@pytest.fixture
+def js(tmp_path): # runs code beside the page's files; what its last line gives
+    node = shutil.which('node')
+    if not node: pytest.skip('Node.js is not installed')
+    shutil.copytree(package/'web', tmp_path, dirs_exist_ok=True)
+    shutil.copy(package/'checkpoint'/'tokenizer'/'merges.txt', tmp_path)
+    (tmp_path/'package.json').write_text('{"type": "module"}', encoding='utf8')
+    def run(code, **given):
+        values = [f'const {k} = {json.dumps(v)};' for k, v in given.items()]
+        *before, last = code.strip().split('\n')
+        lines = [*values, *before, f'console.log(JSON.stringify({last}))']
+        (tmp_path/'check.js').write_text('\n'.join(lines), encoding='utf8')
+        done = subprocess.run([node, 'check.js'], cwd=tmp_path, capture_output=True, encoding='utf8')
+        assert not done.returncode, done.stderr
+        return json.loads(done.stdout)
+    return run
+
+def test_the_page_draws_torchs_noise(js):
+    from sdlearn.core import generator_of
+    cases = [(0, 1024), (5, 16), (5, 17), (5, 47), (2**32-1, 640), (2**31, 3000)] # past one round of 624
+    drawn = js("import { normal } from './noise.js';\ncases.map(([seed, n]) => [...normal(seed, n)])", cases=cases)
+    for (seed, n), got in zip(cases, drawn):
+        assert_close(torch.tensor(got), torch.randn(n, generator=generator_of(seed)), atol=2e-6, rtol=1e-5)
+
+page_reads = '''import { readFileSync } from 'node:fs';
+import { Tokenizer, readPrompt, readWeights, looksGarbled } from './tokenizer.js';
+const tokenizer = new Tokenizer(readFileSync('merges.txt', 'utf8'), said);
+const read = text => ({ ...readPrompt(tokenizer, text, t => t), text: readWeights(text).text, garbled: looksGarbled(text) });
+texts.map(text => { try { return read(text) } catch (e) { return e.message } })'''
+
+def odd_prompts(n): # all kinds of letters, marks and brackets
+    import random
+    rng = random.Random(0)
+    kinds = ['abc xyz', "it's'll'd'm've't're", '(:1.5)', '\\(', '\\)', '0123456789', 'é ñ ü ß İ Σ', '“‘’”', 'ﬁﬄﬆ', 'ＦＯＸ　ｶﾞ', '🦊🎩👩‍👩', '狐狸水獭', 'ひらカタ',
+             '\t\n\r\u2028\xa0', '\x00\x07\x1b[1m', '.,;!?-_/', 'नमस्ते', 'مرحبا', 'e\u0301', '<|endoftext|>', '½²Ⅷ', '\x80\x93\x85', 'ǅŉĲ', '# & ~']
+    kinds += [['(', ' (fox ', 'x('], [':1.3)', ':.5) ', ': 2)', ':+1)']]*3
+    def one(): return ''.join(rng.choice([rng.choice(k), k]) if isinstance(k, str) else rng.choice(k)
+                              for k in rng.choices(kinds, k=rng.randint(1, 12)))
+    return [one() for _ in range(n)]
+
+def test_the_page_reads_prompts_as_python_does(js):
+    from sdlearn.page import tokenizer_settings
+    from sdlearn.tokenizer import Tokenizer, read_weights, token_weights, tokenize
+    tokenizer = Tokenizer.from_folder(package/'checkpoint'/'tokenizer')
+    texts = odd_prompts(800)+['', 'a fox '*60, "it's "*50, 'word '*77+'(x:2)', '('+'word '*90+':2)',
+                             '(<|endoftext|> a:2)',  '(a fox:2) '*30, '((a:2) b:3)', 'x'*400, '(a:9)', '(2:3)', '(:2)', '(a (b:.5):2.)']
+    told = js(page_reads, texts=texts, said=tokenizer_settings(tokenizer))
+    compared = weighted = cut = 0
+    for text, got in zip(texts, told):
+        try: plain = read_weights(text)[0]
+        except ValueError as e:
+            assert got.startswith('expected a weight from 0 to 5'), (text, e)
+            continue
+        if got['garbled']: continue                         # said, and not mended
+        said = heard(lambda: tokenize(tokenizer, plain))
+        assert got['text']==plain and got['ids']==tokenize(tokenizer, plain)[0].tolist(), repr(text)
+        assert_close(torch.tensor(got['weights']).float(), token_weights(tokenizer, text), msg=lambda m: f'{text!r}: {m}')
+        assert re.sub('[“”]', "'", ' '.join(got['notes']))==said.replace('see "', "see '").replace('" and', "' and").replace('". S', "'. S"), text
+        compared, weighted, cut = compared+1, weighted+bool(set(got['weights'])-{1}), cut+bool(said)
+    assert compared>700 and weighted>50 and cut>3, (compared, weighted, cut)
+
+def test_text_in_a_wrong_encoding_is_said(js):
+    found = js("import { looksGarbled } from './tokenizer.js';\ntexts.map(looksGarbled)",
+               texts=['cafÃ©', 'â€œquotedâ€\x9d', 'ðŸ¦Š', 'РїРёСЂРѕРі', 'café', 'Её ежик', 'Ã la carte', 'fox 🦊 “a”', 'ΑΈ', 'São Tomé £'])
+    assert found==[True]*4+[False]*6
+
+def test_the_page_steps_as_euler_does(js):
+    from sdlearn.core import seeded_noise
+    from sdlearn.sample import euler
+    from sdlearn.text import weigh
+    sigmas, ts = [14.6, 4., .7, 0.], [999., 500., 100.]
+    steps = js('''import { draw } from './draw.js';
+const map = (x, f) => Float32Array.from(x, f);
+const noise = (x, t, words) => map(x, (v, i) => .9 * v + t / 1000 + words[i] * v * v);
+const nets = { words: ids => map({ length: 48 }, (_, i) => ids[0] + i / 50), noise, sketch: x => map(x, v => v + .1), pixels: x => x };
+const plan = { shape: [3, 4, 4], timesteps, sigmas, start_std: 14.6 };
+const steps = [], wish = { ids: [1], weights: [1, 1.5, 0], nothing: [0] };
+for await (const s of draw(nets, plan, wish, 9)) steps.push([s.i, s.last, [...s.x], [...s.x0], [...s.image]]);
+steps''', timesteps=ts, sigmas=sigmas)
+    flat = torch.arange(48)/50
+    words = weigh((1+flat).reshape(1, 3, 16), flat.reshape(1, 3, 16), torch.tensor([[1., 1.5, 0.]])).reshape(1, 3, 4, 4)
+    def ask(x, sigma, t):
+        x = x/(sigma**2+1)**.5
+        return .9*x+t/1000+words*x*x
+    right = [*euler(ask, 14.6*seeded_noise((3, 4, 4), [9]), sigmas, ts)]
+    assert len(steps)==3
+    for step, (i, last, x, x0, image) in zip(right, steps):
+        assert i==step.i and last==(i==2)
+        assert_close(torch.tensor(x), step.x_next.flatten(), atol=1e-4, rtol=1e-4)
+        assert_close(torch.tensor(x0), step.x0.flatten(), atol=1e-4, rtol=1e-4)
+        seen = (step.x_next if last else step.x0+.1).clamp(-1, 1)
+        assert_close(torch.tensor(image).reshape(4, 4, 4)[..., :3].float(), ((seen+1)*127.5)[0].permute(1, 2, 0), atol=.52, rtol=0)
+
+def test_the_page_makes_bytes_as_python_does(js):
+    from sdlearn.core import tensor_to_images
+    import numpy as np
+    planes = torch.linspace(-1.2, 1.2, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
+    got = js("import { toBytes } from './draw.js';\n[...toBytes(Float32Array.from(planes))]", planes=planes.tolist())
+    right = np.asarray(tensor_to_images(planes.reshape(1, 3, 4, 4))[0])
+    assert np.array_equal(np.array(got).reshape(4, 4, 4)[..., :3], right) and got[3::4]==[255]*16
+
+def test_only_rows_that_are_not_zero_travel():
+    from sdlearn.page import FewRows
+    table = torch.zeros(9, 3)
+    table[[0, 4, 8]] = torch.randn(3, 3)
+    few = FewRows(table)
+    assert len(few.rows)==4 and torch.equal(few(torch.arange(9)[None]), table[None])
+
+def test_a_page_takes_a_student_alone(bundles):
+    from dataclasses import replace
+    from sdlearn.page import merges_of, page_plan, page_settings
+    sd = bundles['own']
+    with pytest.raises(ValueError, match='without guidance'): page_plan(sd)
+    student = replace(sd, guidance_scale=1., sampler='euler', num_inference_steps=2,
+                      schedule=replace(sd.schedule, timestep_spacing='trailing'))
+    said = page_settings(student, 'a fox', 2**32-1, 'decoder')
+    assert said['plan']['timesteps']==[999, 499] and len(said['plan']['sigmas'])==3 and said['networks']==3
+    assert said['seed']==2**32-1 and said['tokenizer']['special']=={'<|startoftext|>': [49406], '<|endoftext|>': [49407]}
+    for odd in (dict(guidance_scale=2.), dict(sampler='euler_ancestral'), dict(schedule=replace(student.schedule, prediction_type='v_prediction'))):
+        with pytest.raises(ValueError, match='expected a student'): page_plan(replace(student, **odd))
+    assert merges_of(bundles['own'].tokenizer)==merges_of(bundles['diffusers'].tokenizer)
+
+def test_weights_of_a_page_take_half_the_bytes(tmp_path):
+    onnx = pytest.importorskip('onnx')
+    import numpy as np
+    from onnx.reference import ReferenceEvaluator
+    from sdlearn.page import halve_weights
+    g = torch.Generator().manual_seed(0)
+    w, b = torch.randn(40, 30, generator=g)*torch.logspace(-3, 1, 40)[:, None], torch.full((300,), -3e38)
+    w[3] = 0
+    node = onnx.helper.make_node('MatMul', ['w', 'x'], ['y'])
+    value = lambda name, *shape: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+    weights = [onnx.numpy_helper.from_array(v.numpy(), name) for name, v in dict(w=w, mask=b).items()]
+    graph = onnx.helper.make_graph([node], 'g', [value('x', 30)], [value('y', 40)], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 20)], ir_version=10)
+    file = tmp_path/'net.onnx'
+    onnx.save(model, str(file))
+    halve_weights(file)
+    halved = onnx.load(str(file))
+    kinds = {t.name: onnx.numpy_helper.to_array(t).dtype for t in halved.graph.initializer}
+    assert kinds=={'w_whole': np.int16, 'w_scale': np.float32, 'mask': np.float32}
+    onnx.checker.check_model(halved)
+    x = torch.randn(30, generator=g)
+    got, = ReferenceEvaluator(halved).run(None, dict(x=x.numpy()))
+    assert_close(torch.from_numpy(got)/w.abs().amax(1).clamp(min=1e-9), (w@x)/w.abs().amax(1).clamp(min=1e-9), atol=3e-4, rtol=0)
+
+def test_what_a_runtime_lacks_is_said(tmp_path):
+    import tarfile
+    from sdlearn.page import unpack_runtime
+    (tmp_path/'a').write_text('x', encoding='utf8')
+    with tarfile.open(tmp_path/'odd.tgz', 'w:gz') as tar: tar.add(tmp_path/'a', 'package/dist/ort.wasm.bundle.min.mjs')
+    with pytest.raises(ValueError, match='without package/dist/ort-wasm-simd'): unpack_runtime(tmp_path/'odd.tgz', tmp_path)
+    with tarfile.open(tmp_path/'whole.tgz', 'w:gz') as tar:
+        for name in ('ort.wasm.bundle.min.mjs', 'ort-wasm-simd-threaded.wasm'): tar.add(tmp_path/'a', f'package/dist/{name}')
+    unpack_runtime(tmp_path/'whole.tgz', tmp_path)
+    assert (tmp_path/'ort.js').read_text(encoding='utf8')==(tmp_path/'ort.wasm').read_text(encoding='utf8')=='x'
