@@ -178,7 +178,8 @@ def fetch_runtime(
         raise ImportError(f"expected npm, which fetches {RUNTIME}, and it is not installed. It "
                           f"comes with Node.js. Or fetch the package elsewhere with 'npm pack "
                           f"{RUNTIME}', and say runtime='FILE.tgz'.")
-    command = [npm, 'pack', RUNTIME, '--loglevel=error', '--pack-destination', str(folder)]
+    how = ['--loglevel=error', '--fetch-retries=1', '--fetch-timeout=60000']
+    command = [npm, 'pack', RUNTIME, *how, '--pack-destination', str(folder)]
     done = subprocess.run(command, capture_output=True, encoding='utf8')
     if found := [*Path(folder).glob('*.tgz')]: return found[0]
     raise OSError(f"expected npm to fetch {RUNTIME}, got: {done.stderr.strip()[:200] or 'nothing'}"
