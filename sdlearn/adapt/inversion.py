@@ -115,15 +115,16 @@ def word_states(
     places = text_core(text_encoder).embeddings.position_embedding.weight
     return get_output_embeds(text_encoder, add_positions(text_encoder, x.to(places)))
 
-# %% ../../nbs/40_inversion.ipynb #4f0024ab
+# %% ../../nbs/40_inversion.ipynb #7f840b30
 def spread_timesteps(
     n:int,           # How many, one per training picture
     generator=None,  # torch.Generator on the CPU, for the same draw again
     device='cpu',    # Where the result goes
     schedule:Schedule=SD_V1,
-)->Tensor:           # (n,) int64; the first from the lowest nth part of the range, and so on
-    "Timesteps to train on, each as likely as any other, but never all early or all late"
-    share = (torch.arange(n)+torch.rand(n, generator=generator))/n
+    lowest:float=.4, # They start at this share of the range: with less noise a word says little
+)->Tensor:           # (n,) int64; the first from the lowest nth part, and so on
+    "Timesteps to learn a word on, each as likely as any other, but never all early or all late"
+    share = lowest+(1-lowest)*(torch.arange(n)+torch.rand(n, generator=generator))/n
     last = schedule.num_train_timesteps-1
     return (share*schedule.num_train_timesteps).long().clamp(max=last).to(device)
 
@@ -274,7 +275,7 @@ def write_words(
 
 # %% ../../nbs/40_inversion.ipynb #f711cb2d
 subject_captions = ('a picture of a {}', 'a photo of a {}', 'an image of a {}', 'a {}',
-                    'a picture of {}', '{}')      # a name may stand with and without an article
+                    'a photograph of a {}', 'a drawing of a {}')
 
 class Word(nn.Module):
     "What is trained: the vectors of one word"
@@ -364,7 +365,7 @@ def learn_word(
     start_word:str,   # A known word for such a thing, e.g. "teddy"
     *,
     vectors:int=1,    # How many rows the word gets
-    captions:list=None, # One per picture with {} for the word; None: "a picture of a {}" and the like
+    captions:list=None, # One per picture with {} for the word; None: "a picture of a {}" etc.
     steps:int=300,    # Optimiser steps
     batch:int=8,      # Pictures per step
     seed:int=0,       # Everything random follows from it
@@ -379,7 +380,7 @@ def learn_word(
     latents = encoded(sd, pictures)
     ids = _caption_ids(sd, _tokens(token, vectors), captions, len(pictures))
     word = Word(start)
-    lr = .1*start[0].std().item()    # .02 on pocket, .0013 on SD v1
+    lr = .05*start[0].std().item()   # .01 on pocket, .0007 on SD v1
     settings = dict(lr=lr, warmup=10, decay=True, ema=.95, weight_decay=0.)|settings
     losses = fit(word, word_loss(sd, latents, ids, batch), steps, path, seed, **settings)
     rows = word.rows.detach().to(start.device)
