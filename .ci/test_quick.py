@@ -2374,18 +2374,34 @@ def test_a_word_is_learned_and_only_it(bundles, tmp_path):
     def learn(steps=4, **how): return learn_word(sd, ims, '<x>', 'fox', batch=2, progress=False, **dict(steps=steps)|how)
     rows, losses = learn()
     start = start_rows(sd, 'fox')
-    assert rows.shape==(1, 128) and len(losses)==4 and .02<moved(rows, start)<.2 and not rows.requires_grad
+    assert rows.shape==(1, 128) and len(losses)==4 and .01<moved(rows, start)<.2 and not rows.requires_grad
     assert all(torch.equal(v, bits[k]) for net in (sd.text_encoder, sd.unet, sd.vae) for k, v in net.state_dict().items())
     with pytest.warns(UserWarning, match='99.5%'): learn(lr=1e-6)
-    learn(2, path=tmp_path/'s')
-    again, both = learn(4, path=tmp_path/'s')
-    assert torch.equal(again, rows) and both==losses        # killed and gone on: the same
+    def level(steps, **how): return learn(steps, decay=False, **how)
+    level(2, path=tmp_path/'s')
+    for a, b in zip(level(4, path=tmp_path/'s'), level(4)): assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert not torch.equal(level(4)[0], rows)               # the rate falls to nothing, unless told otherwise
     two, _ = learn(vectors=2)
     assert two.shape==(2, 128) and not torch.equal(*two)
     told, _ = learn(captions=['a red {}', 'a {}', '{}'])
     assert not torch.equal(told, rows)
     theirs, _ = learn_word(bundles['diffusers'], ims, '<x>', 'fox', batch=2, progress=False, steps=4)
     assert_close(theirs, rows, rtol=1e-3, atol=1e-4)
+
+def test_timesteps_spread_over_a_batch():
+    from dataclasses import replace
+    from sdlearn.adapt.inversion import spread_timesteps
+    from sdlearn.schedule import SD_V1
+    def some(n, seed, **how): return spread_timesteps(n, torch.Generator().manual_seed(seed), **how)
+    assert torch.equal(some(4, 1), some(4, 1)) and not torch.equal(some(4, 1), some(4, 2)) and some(4, 1).dtype==torch.int64
+    for low in (0, 400):
+        many = torch.stack([some(4, seed, lowest=low/1000) for seed in range(2000)])
+        each = (1000-low)//4
+        assert ((many-low)//each==torch.arange(4)).all()    # each in its own quarter
+        assert (many.float().mean(0)-low-torch.arange(4)*each-each/2).abs().max()<8 and many.min()<=low+2 and many.max()>=997
+    assert len(some(1000, 0, lowest=0.).unique())==1000 and some(1, 0).shape==(1,) and some(64, 0).min()>=400
+    short = some(4, 1, schedule=replace(SD_V1, num_train_timesteps=100))
+    assert ((short-40)//15==torch.arange(4)).all()
 
 def test_what_is_no_lesson_for_a_word(bundles):
     from PIL import Image
@@ -2425,7 +2441,7 @@ def test_a_words_loss_is_the_noise_loss_of_its_caption(bundles):
     got = word_loss(sd, x0, ids, 3)(Word(start_rows(sd, 'fox')), torch.Generator().manual_seed(7))
     g = torch.Generator().manual_seed(7)
     i, _ = (torch.randint(n, (3,), generator=g) for n in (2, 1))
-    t = torch.randint(1000, (3,), generator=g)
+    t = (400+200*(torch.arange(3)+torch.rand(3, generator=g))).long()
     words = embed_prompts(sd.tokenizer, sd.text_encoder, ['a picture of a fox', 'a fox in the snow'])[i]
     noise = torch.randn(3, 4, 16, 16, generator=g)
     predict = lambda x, sigma, cond: predict_noise(sd.unet, x, t, cond)

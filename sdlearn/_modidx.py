@@ -79,6 +79,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'sdlearn.adapt.inversion.new_words': ('inversion.html#new_words', 'sdlearn/adapt/inversion.py'),
                                          'sdlearn.adapt.inversion.read_words': ('inversion.html#read_words', 'sdlearn/adapt/inversion.py'),
                                          'sdlearn.adapt.inversion.save_word': ('inversion.html#save_word', 'sdlearn/adapt/inversion.py'),
+                                         'sdlearn.adapt.inversion.spread_timesteps': ( 'inversion.html#spread_timesteps',
+                                                                                       'sdlearn/adapt/inversion.py'),
                                          'sdlearn.adapt.inversion.square': ('inversion.html#square', 'sdlearn/adapt/inversion.py'),
                                          'sdlearn.adapt.inversion.start_rows': ('inversion.html#start_rows', 'sdlearn/adapt/inversion.py'),
                                          'sdlearn.adapt.inversion.vectors_of': ('inversion.html#vectors_of', 'sdlearn/adapt/inversion.py'),
