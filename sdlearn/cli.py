@@ -354,7 +354,7 @@ def learn(
                          vectors=args.vectors, steps=args.steps, seed=args.seed, path=state)
     save_word(file, args.word, rows)
     for done in (state, Path(f'{state}.lock')): done.unlink(missing_ok=True)
-    print(f'{file}: sdlearn "a picture of {args.word}" --word {file}')
+    print(f'{file}: sdlearn "a picture of a {args.word}" --word {file}')
 
 def main(
     argv=None,  # Arguments; those of the command line when missing
