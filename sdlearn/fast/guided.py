@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
-from ..adapt.lora import ask_network
 from ..core import check_tensor, real
 from ..denoiser import as_noise, noise_predictor
+from .progressive import two_answers
 from ..guidance import cfg
 from ..sample import Plan, sample
 from ..schedule import SD_V1, Schedule, add_noise, scale_input
@@ -133,8 +133,7 @@ def teacher_answers(
     words, rows = text_embeddings.chunk(2)[1], []
     def ask(x, sigma, t):
         x_in, ts = scale_input(x, sigma), torch.full((len(x),), float(t), device=x.device)
-        both = torch.cat([x_in]*2), torch.cat([ts]*2), text_embeddings
-        uncond, text = ask_network(sd.unet, *both).chunk(2)
+        uncond, text = two_answers(sd.unet, x_in, ts, text_embeddings)
         rows.append(Answers(x_in, ts, words, uncond, text))
         guided = cfg(uncond, text, scales.to(text)[:, None, None, None])
         return as_noise(guided, x_in, sigma, sd.schedule.prediction_type)
