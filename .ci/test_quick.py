@@ -169,6 +169,19 @@ def test_a_guided_teacher_says_what_the_pipeline_asks():
         assert_close(said, want, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match='guidance_scale'): guided_teacher(sd.unet, nothing, -1)
 
+def test_both_answers_of_guidance_come_from_one_call():
+    from sdlearn.fast.progressive import guided_answer, two_answers
+    asked = []
+    def ask(net, x_in, t, told):
+        asked.append((len(x_in), t.tolist()))
+        return x_in+told[:, :, None, None]
+    x, t, told = torch.zeros(2, 1, 1, 1), torch.tensor([3, 4]), torch.tensor([[0.], [0.], [1.], [2.]])
+    uncond, text = two_answers('net', x, t, told, ask)
+    assert uncond.flatten().tolist()==[0, 0] and text.flatten().tolist()==[1, 2]
+    assert guided_answer('net', x, t, told, 3., ask).flatten().tolist()==[3, 6]
+    assert guided_answer('net', x, t, told, 1, ask).flatten().tolist()==[1, 2]     # off: the words alone
+    assert asked==[(4, [3, 4, 3, 4])]*2+[(2, [3, 4])]
+
 def test_a_student_begins_as_its_teacher_which_stays_as_it_is():
     from sdlearn.fast.progressive import halve
     net = torch.nn.Linear(2, 2).requires_grad_(False)
