@@ -3267,6 +3267,22 @@ def test_a_guided_student_learns_the_line_through_two_answers():
     assert_close(guided_loss(line._replace(uncond=one), 500)(student, g), (1-student.seen[1]).square().mean()) # 1 + 2w
 
 @torch.no_grad()
+def test_the_strength_of_a_lora_is_a_guidance_scale():
+    from sdlearn.adapt.lora import ask_network, put_lora
+    from sdlearn.fast.guided import Answers, strength_loss
+    net, theirs, x, t, words = guided_pair()
+    text = ask_network(net.network, x, t, words)
+    low = put_lora(net.network, 2)                                  # it has learned nothing: says what `text` is
+    answers, seen = Answers(x, t, words, text-1, text), []
+    for seed in range(20):
+        lost = strength_loss(answers, 5., 6)(net.network, torch.Generator().manual_seed(seed))
+        strength, = {m.scale for m in low.values()}
+        assert_close(lost, torch.tensor((4*strength)**2), rtol=1e-3, atol=1e-4)
+        seen.append(strength)
+    assert 0<min(seen)<.6 and .9<max(seen)<=1
+    with pytest.raises(ValueError, match='largest guidance scale'): strength_loss(answers, 0.)
+
+@torch.no_grad()
 def test_guidance_is_told_once_and_never_twice():
     from sdlearn.denoiser import noise_predictor
     from sdlearn.fast.guided import GuidedUNet, guided_predictor, teacher_answers

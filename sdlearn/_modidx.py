@@ -393,6 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sdlearn.fast.guided.guidance_features': ('guided.html#guidance_features', 'sdlearn/fast/guided.py'),
                                      'sdlearn.fast.guided.guided_loss': ('guided.html#guided_loss', 'sdlearn/fast/guided.py'),
                                      'sdlearn.fast.guided.guided_predictor': ('guided.html#guided_predictor', 'sdlearn/fast/guided.py'),
+                                     'sdlearn.fast.guided.strength_loss': ('guided.html#strength_loss', 'sdlearn/fast/guided.py'),
                                      'sdlearn.fast.guided.teacher_answers': ('guided.html#teacher_answers', 'sdlearn/fast/guided.py')},
             'sdlearn.fast.progressive': { 'sdlearn.fast.progressive.Task': ('progressive.html#task', 'sdlearn/fast/progressive.py'),
                                           'sdlearn.fast.progressive._check_plan': ( 'progressive.html#_check_plan',
