@@ -18,7 +18,7 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
-    sample fast.guided fast.student fast.progressive fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
+    sample fast.progressive fast.guided fast.student fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore page cli __main__ bench'''.split()  # from the ground up
@@ -168,6 +168,19 @@ def test_a_guided_teacher_says_what_the_pipeline_asks():
             want = noise_predictor(sd, torch.cat([nothing, nothing, words]), scale)(x, 3., 700)
         assert_close(said, want, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match='guidance_scale'): guided_teacher(sd.unet, nothing, -1)
+
+def test_both_answers_of_guidance_come_from_one_call():
+    from sdlearn.fast.progressive import guided_answer, two_answers
+    asked = []
+    def ask(net, x_in, t, told):
+        asked.append((len(x_in), t.tolist()))
+        return x_in+told[:, :, None, None]
+    x, t, told = torch.zeros(2, 1, 1, 1), torch.tensor([3, 4]), torch.tensor([[0.], [0.], [1.], [2.]])
+    uncond, text = two_answers('net', x, t, told, ask)
+    assert uncond.flatten().tolist()==[0, 0] and text.flatten().tolist()==[1, 2]
+    assert guided_answer('net', x, t, told, 3., ask).flatten().tolist()==[3, 6]
+    assert guided_answer('net', x, t, told, 1, ask).flatten().tolist()==[1, 2]     # off: the words alone
+    assert asked==[(4, [3, 4, 3, 4])]*2+[(2, [3, 4])]
 
 def test_a_student_begins_as_its_teacher_which_stays_as_it_is():
     from sdlearn.fast.progressive import halve
@@ -3282,6 +3295,22 @@ def test_a_guided_student_learns_the_line_through_two_answers():
     w = student.seen[0]
     assert 2<=w.min()<2.1 and 5.9<w.max()<=6 and abs(w.mean()-4)<.2
     assert_close(guided_loss(line._replace(uncond=one), 500)(student, g), (1-student.seen[1]).square().mean()) # 1 + 2w
+
+@torch.no_grad()
+def test_the_strength_of_a_lora_is_a_guidance_scale():
+    from sdlearn.adapt.lora import ask_network, put_lora
+    from sdlearn.fast.guided import Answers, strength_loss
+    net, theirs, x, t, words = guided_pair()
+    text = ask_network(net.network, x, t, words)
+    low = put_lora(net.network, 2)                                  # it has learned nothing: says what `text` is
+    answers, seen = Answers(x, t, words, text-1, text), []
+    for seed in range(20):
+        lost = strength_loss(answers, 5., 6)(net.network, torch.Generator().manual_seed(seed))
+        strength, = {m.scale for m in low.values()}
+        assert_close(lost, torch.tensor((4*strength)**2), rtol=1e-3, atol=1e-4)
+        seen.append(strength)
+    assert 0<min(seen)<.6 and .9<max(seen)<=1
+    with pytest.raises(ValueError, match='largest guidance scale'): strength_loss(answers, 0.)
 
 @torch.no_grad()
 def test_guidance_is_told_once_and_never_twice():

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..adapt.lora import ask_network
 from ..core import check_number, check_tensor, whole
 from ..denoiser import as_noise, make_step
-from ..guidance import cfg, check_scale
+from .progressive import guided_answer
+from ..guidance import check_scale
 from ..sample import Plan, ddim_step, intervals
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at, sigma_like
 from ..train import averaged_weights, trained
@@ -30,7 +31,6 @@ def boundary(
     s = TIMESTEP_SCALING*t
     return SIGMA_DATA**2/(s**2+SIGMA_DATA**2), s/(s**2+SIGMA_DATA**2)**.5
 
-# %% ../../nbs/52_consistency.ipynb #7b3e5567
 def answer(
     x:Tensor,   # Noisy latents x0 + sigma*eps, (B,4,h,w)
     eps:Tensor, # The predicted noise, same shape
@@ -119,9 +119,9 @@ class Way:
         guidance_scale, # 1 is off: then the first half is not asked
     )->Tensor:          # Shape of `x`
         "Guided noise"
-        if guidance_scale==1: return self.noise(network, x, t, told[len(x):])
-        both = self.noise(network, torch.cat([x]*2), torch.cat([t]*2), told)
-        return cfg(*both.chunk(2), guidance_scale)
+        def both(network, x_in, t, told):
+            return guided_answer(network, x_in, t, told, guidance_scale, self.ask)
+        return Way(self.schedule, both).noise(network, x, t, told)
     def down(self,
         x:Tensor,      # (B,C,h,w) noisy latents
         eps:Tensor,    # Their noise, same shape

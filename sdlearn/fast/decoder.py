@@ -75,7 +75,6 @@ def read_tiny(
     vars(found).update(floors)
     return found
 
-# %% ../../nbs/54_decoder.ipynb #38e1871b
 class TinyDecoder(nn.Module):
     "Latents (B,4,h,w), scaled -> picture (B,3,8h,8w) in -1..1 (DecoderTiny, after TAESD)"
     def __init__(self,

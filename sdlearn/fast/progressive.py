@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['two_steps', 'one_step_target', 'nested_plans', 'truncated_snr', 'error_weight', 'Task', 'make_task', 'halving_loss',
-           'halve', 'guided_teacher']
+           'halve', 'two_answers', 'guided_answer', 'guided_teacher']
 
 # %% ../../nbs/50_progressive.ipynb #5a3ece58
 import copy
@@ -141,20 +141,38 @@ def halve(
     return student.requires_grad_(False)
 
 # %% ../../nbs/50_progressive.ipynb #05588a87
+def two_answers(
+    network,             # Whatever `ask` can ask
+    x_in:Tensor,         # (B,...) noisy pictures or latents, scaled to std about 1
+    t:Tensor,            # (B,) timesteps
+    told,                # (2B,...) what the network is told: the unconditional half first
+    ask=ask_network,     # ask(network, x_in, t, told) -> prediction
+)->tuple:                # Its predictions without and with the words, each shaped like `x_in`
+    "Both questions of guidance in one call of twice as many (Ho & Salimans 2022)"
+    return ask(network, torch.cat([x_in]*2), torch.cat([t]*2), told).chunk(2)
+
+def guided_answer(
+    network,             # Whatever `ask` can ask
+    x_in:Tensor,         # (B,...) noisy pictures or latents, scaled to std about 1
+    t:Tensor,            # (B,) timesteps
+    told,                # (2B,...) what the network is told: the unconditional half first
+    guidance_scale,      # 1 is off: then the first half is not asked
+    ask=ask_network,     # ask(network, x_in, t, told) -> prediction
+)->Tensor:               # Guided prediction, shape of `x_in`
+    "What a network says with guidance, each picture at a timestep of its own"
+    if guidance_scale==1: return ask(network, x_in, t, told[len(x_in):])
+    return cfg(*two_answers(network, x_in, t, told, ask), guidance_scale)
+
 def guided_teacher(
     network,                 # Our UNet or diffusers', in any precision
     nothing:Tensor,          # (1,77,D) embedding of the empty prompt
     guidance_scale:float=1., # 1 is off
     kind:str='epsilon',      # What the network says: 'epsilon' or 'v_prediction'
 )->Callable:                 # teacher(x, sigma, t, cond) -> predicted noise, float32
-    "Asked with and without the prompt, in one call of twice as many (Ho & Salimans 2022)"
+    "`guided_answer` as a teacher: it is told the prompts alone"
     scale = check_scale(guidance_scale)
-    def ask(x, sigma, t, cond):
-        x_in = scale_input(x, sigma)
-        return as_noise(ask_network(network, x_in, t, cond), x_in, sigma, kind)
     def teacher(x, sigma, t, cond):
-        if scale==1: return ask(x, sigma, t, cond)
+        x_in = scale_input(x, sigma)
         words = torch.cat([nothing.to(cond).expand_as(cond), cond])
-        both = ask(*(torch.cat([v]*2) for v in (x, sigma, t)), words)
-        return cfg(*both.chunk(2), scale)
+        return as_noise(guided_answer(network, x_in, t, words, scale), x_in, sigma, kind)
     return teacher

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 import torch
-from torch import Tensor, nn
-from ..adapt.lora import ask_network, learn_lora, save_lora
+from torch import Tensor
+from ..adapt.lora import all_layers, ask_network, learn_lora, open_weights, save_lora
 from ..configs import latent_side
 from ..core import check_number, seeded_noise, whole, whole_file
 from ..denoiser import noise_predictor
@@ -131,12 +131,12 @@ def _check_paths(paths, words, plan):
     if paths.ndim!=5 or paths.shape[1]!=n+1 or words.ndim!=3 or len(words)!=len(paths):
         raise ValueError(f"expected paths (N,{n+1},4,h,w) with as many text embeddings (N,77,D), "
                          f"got {tuple(paths.shape)} and {tuple(words.shape)}")
+
 def student_layers(
     unet, # Our UNet or diffusers'
 )->list:  # Names, for `learn_lora` and `put_lora`
-    "Every linear layer and convolution but the first: the student changes a little everywhere"
-    return [k for k, m in unet.named_modules()
-            if isinstance(m, (nn.Linear, nn.Conv2d)) and k!='conv_in']
+    "Every layer that a LoRA can change, but the first: the student changes a little everywhere"
+    return [k for k in all_layers(unet) if k!='conv_in']
 
 # %% ../../nbs/53_student.ipynb #b49b61a8
 def whole_path(
@@ -185,17 +185,11 @@ def read_student(
     file, # From `save_student`
 )->Made:
     "What a student was made for"
-    from safetensors import safe_open, SafetensorError
-    cure = "A LoRA of another kind is put on by sd.load_lora(file)."
     file = Path(file).expanduser()
-    if not file.is_file():
-        raise ValueError(f"expected a student's file, and there is none at {str(file)!r}. {cure}")
-    try:
-        with safe_open(file, 'pt') as f: said = (f.metadata() or {}).get('student')
-    except SafetensorError as e:
-        raise ValueError(f"expected a complete .safetensors file, got {file.name}: {e}") from None
+    with open_weights(file) as f: said = (f.metadata() or {}).get('student')
     if said is None:
-        raise ValueError(f"expected {file.name} to say what its student was made for. {cure}")
+        raise ValueError(f"expected {file.name} to say what its student was made for. A LoRA of "
+                         "another kind is put on by sd.load_lora(file).")
     return read_made(json.loads(said))
 
 # %% ../../nbs/53_student.ipynb #12e3c864
