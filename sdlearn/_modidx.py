@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sdlearn.adapt.lora.open_weights': ('lora.html#open_weights', 'sdlearn/adapt/lora.py'),
                                     'sdlearn.adapt.lora.put_lora': ('lora.html#put_lora', 'sdlearn/adapt/lora.py'),
                                     'sdlearn.adapt.lora.read_lora': ('lora.html#read_lora', 'sdlearn/adapt/lora.py'),
+                                    'sdlearn.adapt.lora.read_note': ('lora.html#read_note', 'sdlearn/adapt/lora.py'),
                                     'sdlearn.adapt.lora.save_lora': ('lora.html#save_lora', 'sdlearn/adapt/lora.py'),
                                     'sdlearn.adapt.lora.take_lora': ('lora.html#take_lora', 'sdlearn/adapt/lora.py')},
             'sdlearn.attention': { 'sdlearn.attention.KeepMaps': ('attention.html#keepmaps', 'sdlearn/attention.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attention_names', 'LowRank', 'full_change', 'all_layers', 'lora_layers', 'put_lora', 'Pair', 'lora_pairs',
            'take_lora', 'lora_loss', 'draw_batch', 'ask_network', 'learn_lora', 'merge_lora', 'save_lora',
-           'open_weights', 'read_lora']
+           'open_weights', 'read_note', 'read_lora']
 
 # %% ../../nbs/41_lora.ipynb #1da9499d
 import json, re, warnings
@@ -358,10 +358,20 @@ def open_weights(
         raise ValueError(f"expected a complete file, but {file.name} is damaged or truncated "
                          f"({e}). Download it again.") from None
 
+def read_note(
+    file,    # A `Path` of a .safetensors file
+    key:str, # The note's name
+):           # What it says; None where there is none
+    "A note beside the weights, written as JSON"
+    with open_weights(file) as f: text = (f.metadata() or {}).get(key)
+    try: return None if text is None else json.loads(text)
+    except ValueError:
+        raise ValueError(f"expected JSON in the note {key!r} of {file.name}, got {text!r:.60}. "
+                         "The file is damaged.") from None
+
 def _open(file): # arrays and notes
-    with open_weights(file) as f:
-        notes = json.loads((f.metadata() or {}).get('lora_adapter_metadata') or '{}')
-        return {k: f.get_tensor(k).float() for k in f.keys()}, notes
+    with open_weights(file) as f: arrays = {k: f.get_tensor(k).float() for k in f.keys()}
+    return arrays, read_note(file, 'lora_adapter_metadata') or {}
 
 def _misfit(pair, layer): # in words; nothing when it fits
     w, down, up = layer.weight, pair.down, pair.up

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..adapt.lora import all_layers, ask_network, learn_lora, open_weights, save_lora
+from ..adapt.lora import all_layers, ask_network, learn_lora, read_note, save_lora
 from ..configs import latent_side
-from ..core import check_number, seeded_noise, whole, whole_file
+from ..core import as_path, check_number, seeded_noise, whole, whole_file
 from ..denoiser import noise_predictor
 from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
@@ -185,12 +185,12 @@ def read_student(
     file, # From `save_student`
 )->Made:
     "What a student was made for"
-    file = Path(file).expanduser()
-    with open_weights(file) as f: said = (f.metadata() or {}).get('student')
+    file = as_path(file, 'a file')
+    said = read_note(file, 'student')
     if said is None:
         raise ValueError(f"expected {file.name} to say what its student was made for. A LoRA of "
                          "another kind is put on by sd.load_lora(file).")
-    return read_made(json.loads(said))
+    return read_made(said)
 
 # %% ../../nbs/53_student.ipynb #12e3c864
 def _write_paths(file, sd, prompts, seed, made): # one block, whole or not there
@@ -212,7 +212,7 @@ def write_paths(
     "Draw all that a student learns from, or read what is there already; path i has seed i"
     from safetensors.torch import load_file
     from tqdm.auto import tqdm
-    folder = Path(folder)
+    folder = as_path(folder, 'a folder')
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder/f'{k:06}.safetensors': k for k in range(0, len(prompts), bs)}
     for file, k in tqdm(files.items(), 'blocks of paths'):
@@ -230,7 +230,7 @@ def train_student(
     rank:int=24,   # Of its LoRA
 )->Path:           # `out`
     "Paths, single steps, whole paths, one file"
-    run, plan, names = Path(run), made.plan(sd.schedule), student_layers(sd.unet)
+    run, plan, names = as_path(run, 'a folder'), made.plan(sd.schedule), student_layers(sd.unet)
     teacher = replace(sd, unet=copy.deepcopy(sd.unet).bfloat16())
     data = write_paths(teacher, prompts, run/'paths', made)
     how = dict(rank=rank, names=names, warmup=50, decay=True, ema=.99, weight_decay=0.)
