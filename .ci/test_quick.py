@@ -2214,6 +2214,60 @@ def test_an_edit_is_found_first_and_tuned_at_what_was_found(tmp_path):
     with pytest.raises(ValueError): draw_edit(sd, edit, ['half'])
     assert same_bits(weights_of(dict(unet=sd.unet)), bits)
 
+def test_an_edit_survives_its_file(tmp_path):
+    import warnings
+    from dataclasses import replace
+    from PIL import Image
+    from safetensors.torch import load_file, save_file
+    from sdlearn.adapt.imagic import draw_edit, learn_edit, read_edit, save_edit
+    from sdlearn.adapt.lora import save_lora
+    sd, kw = imagic_sd(tmp_path), dict(progress=False)
+    side = sd.unet.config.sample_size*8
+    bits = weights_of(dict(unet=sd.unet))
+    edit = learn_edit(sd, Image.effect_noise((side, side), 90).convert('RGB'), 'a fox in a hat', steps=(3, 2), rank=2, lr=(.03, .02), **kw)
+    edit.shares = -.5, 1.25
+    for p in edit.pairs.values(): p.alpha = 1.5                            # not the rank
+    file = save_edit(edit, tmp_path/'new'/'hat.safetensors')
+    with warnings.catch_warnings(action='error'): back = read_edit(file, sd)
+    assert back.sentence==edit.sentence=='a fox in a hat' and back.shares==(-.5, 1.25)
+    assert torch.equal(back.found, edit.found) and torch.equal(back.wanted, edit.wanted) and not torch.equal(back.found, back.wanted)
+    assert {*back.pairs}=={*edit.pairs}
+    for k, p in edit.pairs.items():
+        assert torch.equal(p.down, back.pairs[k].down) and torch.equal(p.up, back.pairs[k].up) and back.pairs[k].alpha==1.5
+    drawn = [draw_edit(sd, e, [0, 1], seed=3, num_inference_steps=2, **kw) for e in (edit, back)]
+    assert drawn[0]==drawn[1] and same_bits(weights_of(dict(unet=sd.unet)), bits)
+    with pytest.warns(UserWarning, match='imagic'): sd.load_lora(file)      # its LoRA is one like any other
+    assert not same_bits(weights_of(dict(unet=sd.unet)), bits)
+    sd.unload()
+    arrays, note = load_file(file), json.dumps(dict(sentence='a fox in a hat', shares=[0, 1]))
+    def odd(change={}, drop=(), note=note):
+        kept = {k: v for k, v in (arrays|change).items() if k not in drop}
+        save_file(kept, tmp_path/'odd.safetensors', dict(imagic=note) if note else None)
+        return tmp_path/'odd.safetensors'
+    assert read_edit(odd(), sd).shares==(0, 1)
+    up = next(k for k in arrays if 'lora_B' in k)
+    layer = up.removesuffix('.lora_B.weight')
+    nan = arrays['imagic.found'].clone()
+    nan[0, 3, 1] = float('nan')
+    for bad, said in ((lambda: odd(dict({'imagic.found': arrays['imagic.found'][..., :-1].contiguous()})), 'another checkpoint'),
+                      (lambda: odd(dict({'imagic.found': nan})), 'finite'),
+                      (lambda: odd(dict({'imagic.wanted': arrays['imagic.wanted'].flip(1)})), 'other numbers'),
+                      (lambda: odd(drop=['imagic.found']), 'expected an edit'), (lambda: odd(note=None), 'expected an edit'),
+                      (lambda: odd(note='{}'), 'two shares'), (lambda: odd(note='[1]'), 'two shares'), (lambda: odd(note='{"sentence": "a", "shares": [1, 0]}'), 'two shares'),
+                      (lambda: odd({up: arrays[up][:-1].contiguous()}), 'low-rank changes that fit'),
+                      (lambda: odd({up: arrays[up]*float('inf')}), 'finite'),
+                      (lambda: odd({k.replace(layer, 'unet.no.such'): v for k, v in arrays.items() if k.startswith(layer+'.')}, [k for k in arrays if k.startswith(layer+'.')]),
+                       'layers for this network'),
+                      (lambda: odd(dict(junk=nan)), 'layers for this network'),
+                      (lambda: save_lora(edit.pairs, tmp_path/'lora.safetensors'), 'expected an edit'), (lambda: tmp_path/'x.pt', 'pickles'), (lambda: None, 'a file')):
+        with pytest.raises(ValueError, match=said): read_edit(bad(), sd)
+    (tmp_path/'torn.safetensors').write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match='cannot be read'): read_edit(tmp_path/'torn.safetensors', sd)
+    with pytest.raises(FileNotFoundError): read_edit(tmp_path/'none.safetensors', sd)
+    with pytest.raises(ValueError, match='pickles'): save_edit(edit, tmp_path/'x.pt')
+    strange = replace(edit, sentence='')                                   # without a sentence nothing is compared
+    assert read_edit(save_edit(strange, file), sd).sentence==''
+
 # ---------------------------------------------------------------- inversion
 
 @pytest.fixture(scope='module')
