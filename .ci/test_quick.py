@@ -2335,6 +2335,18 @@ def test_the_nearest_of_all_references_decides(monkeypatch):
     right = which.nearer([[.5], [1.9], [4.5]], mine, others)
     assert right['encoder'].tolist()==[True, False, True] and right['pixels'].tolist()==[False, False, True]
 
+def test_what_it_is_like_gets_as_many_chances(monkeypatch):
+    import sdlearn.adapt.which as which
+    monkeypatch.setattr(which, 'renderings', lambda name, n: [name]*n)
+    monkeypatch.setattr(which, 'seen', lambda x: dict(encoder=torch.full((len(x), 2), float(len(x[0]))), pixels=torch.zeros(len(x), 5)))
+    known = dict(encoder=torch.zeros(7, 2), pixels=torch.ones(7, 5))
+    mine, others = which.references('orca', 'whale', known)
+    assert mine['encoder'].tolist()==[[4., 4.]]*32 and others['encoder'].tolist()==[[5., 5.]]*32+[[0., 0.]]*7
+    assert mine['pixels'].shape==(32, 5) and others['pixels'].sum()==35
+    asked = []
+    monkeypatch.setattr(which, 'seen', lambda x: asked.append(len(x)) or x)
+    assert len(which.seen_known(2))==len(which.subjects())*2==asked[0]
+
 def test_wishes_are_judged_by_their_own_pictures():
     from sdlearn.adapt.which import is_still_it, is_there, renderings, wishes
     from sdlearn.pocket.scenes import render

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['untaught', 'wishes', 'five', 'study_ways', 'Taught', 'draw_taught', 'mirrored', 'teach_word', 'teach_lora',
-           'teach_dreambooth', 'teach_all', 'teach_edit', 'seen', 'renderings', 'seen_known', 'nearer', 'is_there',
-           'is_still_it', 'study_one', 'study', 'read_study', 'summary']
+           'teach_dreambooth', 'teach_all', 'teach_edit', 'seen', 'renderings', 'seen_known', 'nearer', 'references',
+           'is_there', 'is_still_it', 'study_one', 'study', 'read_study', 'summary']
 
 # %% ../../nbs/45_which.ipynb #039e8df0
 import json, time
@@ -159,7 +159,7 @@ def teach_edit(
     return Taught(article(like), lambda sd: merge_lora(edit.pairs, unet=sd.unet),
                   lambda file: save_edit(edit, file), numbers, seconds), edit
 
-# %% ../../nbs/45_which.ipynb #7b91f892
+# %% ../../nbs/45_which.ipynb #ed984790
 def seen(
     images:list, # PIL pictures
 )->dict:         # 'encoder' (B,128) and 'pixels' (B,3072)
@@ -192,6 +192,15 @@ def nearer(
     ours = seen(images)
     def gap(judge, references): return torch.cdist(ours[judge], references[judge]).amin(1)
     return {judge: gap(judge, mine)<gap(judge, others) for judge in ours}
+
+def references(
+    subject:str, # What pictures should show
+    like:str,    # The known subject that it is like
+    known:dict,  # From `seen_known`
+)->tuple:        # mine, others: for `nearer`
+    "As many chances for what it is like as for the subject itself"
+    mine, near = (seen(renderings(name, 32)) for name in (subject, like))
+    return mine, {judge: torch.cat([near[judge], known[judge]]) for judge in known}
 
 # %% ../../nbs/45_which.ipynb #905dfe92
 wishes = {'a picture of {} in the snow': dict(background='snow'),
@@ -226,7 +235,7 @@ def is_still_it(
         return nearer([image], mine, others)
     return _each([*map(asked, images, sentences)])
 
-# %% ../../nbs/45_which.ipynb #7261ffe7
+# %% ../../nbs/45_which.ipynb #d4b85d80
 five = {'moose': 'deer', 'jellyfish': 'octopus', 'orca': 'whale', 'phoenix': 'bird',
         'treasure chest': 'toolbox'}
 study_ways = dict(word=dict(steps=200, batch=4, lr=.02), lora=dict(steps=70, lr=6e-3),
@@ -245,10 +254,10 @@ def _counts(right): # judge -> how many; 'both' too
     both = torch.stack([*right.values()]).all(0)
     return {judge: int(r.sum()) for judge, r in (right|dict(both=both)).items()}
 
-def _judged(sd, taught, subject, seed, references): # (what was counted, the pictures)
+def _judged(sd, taught, subject, seed, known): # (what was counted, the pictures)
     it = draw_taught(sd, taught, ['a picture of {}']*4, 100*seed)
     asked = draw_taught(sd, taught, [*wishes], 100*seed+50)
-    rows = dict(it=nearer(it, *references), wish=is_there(asked, subject, [*wishes]),
+    rows = dict(it=nearer(it, *known), wish=is_there(asked, subject, [*wishes]),
                 still=is_still_it(asked, subject, five[subject], [*wishes]))
     return {k: _counts(v) for k, v in rows.items()}, it+asked
 
@@ -260,14 +269,14 @@ def study_one(
 )->tuple:        # (name of the way -> what was counted of four, and drift; the pictures)
     "Teach one subject in each way, and ask the judges"
     old = [f'a picture of {article(five[subject])}']*6
-    before, references = draw_taught(sd, untaught, old, 500), (seen(renderings(subject, 32)), known)
-    rows, sheet = dict(before=dict(it=_counts(nearer(before[:4], *references)))), before[:4]
+    before, known = draw_taught(sd, untaught, old, 500), references(subject, five[subject], known)
+    rows, sheet = dict(before=dict(it=_counts(nearer(before[:4], *known)))), before[:4]
     for way, taught in _ways(sd, subject, seed):
         after = draw_taught(sd, taught, old, 500)
         rows[way] = dict(drift=drift(before, after), seconds=taught.seconds)
         sheet += after[:4]
         if way=='without': break       # only its drift is asked for
-        found, images = _judged(sd, taught, subject, seed, references)
+        found, images = _judged(sd, taught, subject, seed, known)
         rows[way] |= found
         sheet += images
     return rows, sheet
