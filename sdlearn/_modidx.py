@@ -33,7 +33,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sdlearn.adapt.imagic.Told.__init__': ('imagic.html#told.__init__', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic.Told.forward': ('imagic.html#told.forward', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic._check_read': ('imagic.html#_check_read', 'sdlearn/adapt/imagic.py'),
-                                      'sdlearn.adapt.imagic._check_tables': ('imagic.html#_check_tables', 'sdlearn/adapt/imagic.py'),
+                                      'sdlearn.adapt.imagic._fitting': ('imagic.html#_fitting', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic._frozen': ('imagic.html#_frozen', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic._note': ('imagic.html#_note', 'sdlearn/adapt/imagic.py'),
                                       'sdlearn.adapt.imagic._parts': ('imagic.html#_parts', 'sdlearn/adapt/imagic.py'),

@@ -177,12 +177,13 @@ def _parts(file): # arrays and note
         raise ValueError(f"expected {file.name} to be a safetensors file, but it cannot be read "
                          f"({e}). Get it again.") from None
 
-def _check_tables(name, found, wanted, sd):
+def _fitting(name, tables, sd): # in the checkpoint's precision, on its device
     like = _sentence(sd, 'a')
-    for table in (found, wanted):
+    for table in tables:
         if table.shape!=like.shape or not torch.isfinite(table).all():
             raise ValueError(f"expected two tables of {tuple(like.shape)} finite numbers in "
                              f"{name}, got {tuple(table.shape)}. It is of another checkpoint.")
+    return [table.to(like) for table in tables]
 
 def _check_read(name, wanted, sentence, sd): # does it mean the same here?
     if not sentence: return
@@ -219,7 +220,6 @@ def read_edit(
         raise ValueError(f"expected an edit in {file.name}, got {', '.join([*arrays][:2])} ... "
                          "A LoRA goes into sd.load_lora, a word into sd.load_word.")
     sentence, shares = _note(file.name, said)
-    found, wanted = (arrays[k].to(sd.device) for k in _tables)
-    _check_tables(file.name, found, wanted, sd)
+    found, wanted = _fitting(file.name, [arrays[k] for k in _tables], sd)
     _check_read(file.name, wanted, sentence, sd)
     return Edit(found, wanted, _read_pairs(file, (len(arrays)-2)/3, sd), sentence, shares)
