@@ -21,7 +21,7 @@ rooms = '''configs core folders train tokenizer attention text vae unet schedule
     sample fast.progressive fast.guided fast.student fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
-    pocket.pictures pocket.codec pocket.recipe pocket.evaluate pocket.__main__ infotext explore page cli __main__ bench'''.split()  # from the ground up
+    pocket.pictures pocket.codec pocket.recipe pocket.evaluate adapt.which pocket.__main__ infotext explore page cli __main__ bench'''.split()  # from the ground up
 
 def imports(path):
     "Rooms of this package that a module imports, wherever it does"
@@ -2240,6 +2240,172 @@ def test_an_edit_is_found_first_and_tuned_at_what_was_found(tmp_path):
         with pytest.raises(ValueError, match='two numbers'): learn_edit(sd, picture, 'x', lr=bad, **kw)
     with pytest.raises(ValueError): draw_edit(sd, edit, ['half'])
     assert same_bits(weights_of(dict(unet=sd.unet)), bits)
+
+def test_an_edit_survives_its_file(tmp_path):
+    import warnings
+    from dataclasses import replace
+    from PIL import Image
+    from safetensors.torch import load_file, save_file
+    from sdlearn.adapt.imagic import draw_edit, learn_edit, read_edit, save_edit
+    from sdlearn.adapt.lora import save_lora
+    sd, kw = imagic_sd(tmp_path), dict(progress=False)
+    side = sd.unet.config.sample_size*8
+    bits = weights_of(dict(unet=sd.unet))
+    edit = learn_edit(sd, Image.effect_noise((side, side), 90).convert('RGB'), 'a fox in a hat', steps=(3, 2), rank=2, lr=(.03, .02), **kw)
+    edit.shares = -.5, 1.25
+    for p in edit.pairs.values(): p.alpha = 1.5                            # not the rank
+    file = save_edit(edit, tmp_path/'new'/'hat.safetensors')
+    with warnings.catch_warnings(action='error'): back = read_edit(file, sd)
+    assert back.sentence==edit.sentence=='a fox in a hat' and back.shares==(-.5, 1.25)
+    assert torch.equal(back.found, edit.found) and torch.equal(back.wanted, edit.wanted) and not torch.equal(back.found, back.wanted)
+    assert {*back.pairs}=={*edit.pairs}
+    for k, p in edit.pairs.items():
+        assert torch.equal(p.down, back.pairs[k].down) and torch.equal(p.up, back.pairs[k].up) and back.pairs[k].alpha==1.5
+    drawn = [draw_edit(sd, e, [0, 1], seed=3, num_inference_steps=2, **kw) for e in (edit, back)]
+    assert drawn[0]==drawn[1] and same_bits(weights_of(dict(unet=sd.unet)), bits)
+    with pytest.warns(UserWarning, match='imagic'): sd.load_lora(file)      # its LoRA is one like any other
+    assert not same_bits(weights_of(dict(unet=sd.unet)), bits)
+    sd.unload()
+    arrays, note = load_file(file), json.dumps(dict(sentence='a fox in a hat', shares=[0, 1]))
+    def odd(change={}, drop=(), note=note):
+        kept = {k: v for k, v in (arrays|change).items() if k not in drop}
+        save_file(kept, tmp_path/'odd.safetensors', dict(imagic=note) if note else None)
+        return tmp_path/'odd.safetensors'
+    assert read_edit(odd(), sd).shares==(0, 1)
+    up = next(k for k in arrays if 'lora_B' in k)
+    layer = up.removesuffix('.lora_B.weight')
+    nan = arrays['imagic.found'].clone()
+    nan[0, 3, 1] = float('nan')
+    for bad, said in ((lambda: odd(dict({'imagic.found': arrays['imagic.found'][..., :-1].contiguous()})), 'another checkpoint'),
+                      (lambda: odd(dict({'imagic.found': nan})), 'finite'),
+                      (lambda: odd(dict({'imagic.wanted': arrays['imagic.wanted'].flip(1)})), 'other numbers'),
+                      (lambda: odd(drop=['imagic.found']), 'expected an edit'), (lambda: odd(note=None), 'expected an edit'),
+                      (lambda: odd(note='{}'), 'two shares'), (lambda: odd(note='[1]'), 'two shares'), (lambda: odd(note='{"sentence": "a", "shares": [1, 0]}'), 'two shares'),
+                      (lambda: odd({up: arrays[up][:-1].contiguous()}), 'low-rank changes that fit'),
+                      (lambda: odd({up: arrays[up]*float('inf')}), 'finite'),
+                      (lambda: odd({k.replace(layer, 'unet.no.such'): v for k, v in arrays.items() if k.startswith(layer+'.')}, [k for k in arrays if k.startswith(layer+'.')]),
+                       'layers for this network'),
+                      (lambda: odd(dict(junk=nan)), 'layers for this network'),
+                      (lambda: save_lora(edit.pairs, tmp_path/'lora.safetensors'), 'expected an edit'), (lambda: tmp_path/'x.pt', 'pickles'), (lambda: None, 'a file')):
+        with pytest.raises(ValueError, match=said): read_edit(bad(), sd)
+    (tmp_path/'torn.safetensors').write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match='cannot be read'): read_edit(tmp_path/'torn.safetensors', sd)
+    with pytest.raises(FileNotFoundError): read_edit(tmp_path/'none.safetensors', sd)
+    with pytest.raises(ValueError, match='pickles'): save_edit(edit, tmp_path/'x.pt')
+    strange = replace(edit, sentence='')                                   # without a sentence nothing is compared
+    assert read_edit(save_edit(strange, file), sd).sentence==''
+
+# ---------------------------------------------------------------- which way when
+
+def test_what_is_put_on_for_drawing_is_taken_off(tmp_path):
+    from sdlearn.adapt.which import Taught, draw_taught, untaught
+    from sdlearn.pipeline import txt2img
+    sd, on = imagic_sd(tmp_path), []
+    def put(sd):
+        on.append('on')
+        return lambda: on.append('off')
+    taught = Taught('a dog', put, None, 0, 0.)
+    kw = dict(num_inference_steps=2)
+    drawn = draw_taught(sd, taught, ['{} in the snow']*9+['a cat'], 7, **kw)
+    assert len(drawn)==10 and on==['on', 'off']
+    for i, said in ((0, 'a dog in the snow'), (8, 'a dog in the snow'), (9, 'a cat')):   # each has its own seed
+        [want] = txt2img(sd, said, seed=7+i, progress=False, **kw)
+        assert (images_to_tensor_of(drawn[i])-images_to_tensor_of(want)).abs().max()<.03
+    with pytest.raises(ValueError): draw_taught(sd, taught, ['{}'], -1, **kw)
+    assert on==['on', 'off']*2 and untaught.put(sd)() is None
+
+def images_to_tensor_of(im):
+    from sdlearn.core import images_to_tensor
+    return images_to_tensor(im)
+
+def test_five_ways_leave_the_checkpoint_alone_and_count_right(tmp_path, monkeypatch):
+    import sdlearn.adapt.which as which
+    from PIL import Image
+    from safetensors.torch import load_file
+    from sdlearn.adapt.imagic import read_edit
+    from sdlearn.adapt.inversion import read_words
+    from sdlearn.adapt.lora import read_lora
+    sd, kw = imagic_sd(tmp_path), dict(progress=False)
+    side = sd.unet.config.sample_size*8
+    pictures = [Image.effect_noise((side, side), 90).convert('RGB') for _ in range(2)]
+    bits = weights_of(dict(unet=sd.unet, text=sd.text_encoder))
+    both, captions = which.mirrored(pictures, 'a dog')
+    assert both[:2]==pictures and both[2]==pictures[0].transpose(0) and len(both)==4
+    assert captions==['a picture of a dog on a white background']*2+['a picture of a dog']*2
+    ways = dict(word=which.teach_word(sd, pictures, 'dog', steps=1, **kw), lora=which.teach_lora(sd, pictures, 'orca', 1, rank=2, **kw),
+                booth=which.teach_dreambooth(sd, pictures, 'deer', steps=1, n=1, rank=3, **kw), tuned=which.teach_all(sd, pictures, 'owl', 1, **kw))
+    ways['edit'], edit = which.teach_edit(sd, pictures[0], 'a dog in the snow', 'dog', steps=(1, 1), rank=2, **kw)
+    assert [w.call for w in ways.values()]==['<it>', 'an orca', 'a sks deer', 'an owl', 'a dog']
+    assert same_bits(weights_of(dict(unet=sd.unet, text=sd.text_encoder)), bits)
+    low = ways['lora'].numbers
+    assert ways['booth'].numbers==1.5*low and ways['tuned'].numbers==sum(p.numel() for p in sd.unet.parameters())
+    assert ways['word'].numbers==edit.found.shape[-1] and ways['edit'].numbers==low+edit.found.numel()
+    words = len(sd.tokenizer)
+    for name, taught in ways.items():
+        undo = taught.put(sd)
+        changed = not same_bits(weights_of(dict(unet=sd.unet)), {k: v for k, v in bits.items() if k.startswith('unet')})
+        assert changed!=(name=='word') and len(sd.tokenizer)==words+(name=='word')
+        undo()
+        assert len(sd.tokenizer)==words and same_bits(weights_of(dict(unet=sd.unet, text=sd.text_encoder)), bits)
+        assert taught.seconds>0 and taught.save(tmp_path/f'{name}.safetensors').is_file()
+    assert [*read_words(tmp_path/'word.safetensors')]==['<it>']
+    assert len(read_lora(tmp_path/'booth.safetensors', sd.unet))==len(read_lora(tmp_path/'lora.safetensors', sd.unet))
+    undo = ways['tuned'].put(sd)
+    assert all(torch.equal(v, sd.unet.state_dict()[k]) for k, v in load_file(tmp_path/'tuned.safetensors').items())
+    undo()
+    assert torch.equal(read_edit(tmp_path/'edit.safetensors', sd).found, edit.found)
+
+def test_the_nearest_of_all_references_decides(monkeypatch):
+    import sdlearn.adapt.which as which
+    monkeypatch.setattr(which, 'seen', lambda x: dict(encoder=torch.tensor(x), pixels=-torch.tensor(x).flip(0)))
+    mine, others = dict(encoder=torch.tensor([[0.], [4.]]), pixels=torch.tensor([[0.]])), dict(encoder=torch.tensor([[2.], [3.]]), pixels=torch.tensor([[-3.]]))
+    right = which.nearer([[.5], [1.9], [4.5]], mine, others)
+    assert right['encoder'].tolist()==[True, False, True] and right['pixels'].tolist()==[False, False, True]
+
+def test_what_it_is_like_gets_as_many_chances(monkeypatch):
+    import sdlearn.adapt.which as which
+    monkeypatch.setattr(which, 'renderings', lambda name, n: [name]*n)
+    monkeypatch.setattr(which, 'seen', lambda x: dict(encoder=torch.full((len(x), 2), float(len(x[0]))), pixels=torch.zeros(len(x), 5)))
+    known = dict(encoder=torch.zeros(7, 2), pixels=torch.ones(7, 5))
+    mine, others = which.references('orca', 'whale', known)
+    assert mine['encoder'].tolist()==[[4., 4.]]*32 and others['encoder'].tolist()==[[5., 5.]]*32+[[0., 0.]]*7
+    assert mine['pixels'].shape==(32, 5) and others['pixels'].sum()==35
+    asked = []
+    monkeypatch.setattr(which, 'seen', lambda x: asked.append(len(x)) or x)
+    assert len(which.seen_known(2))==len(which.subjects())*2==asked[0]
+
+def test_wishes_are_judged_by_their_own_pictures():
+    from sdlearn.adapt.which import is_still_it, is_there, renderings, wishes
+    from sdlearn.pocket.scenes import render
+    asked = [*wishes]
+    drawn = {name: [render(name, seed=77+i, **wishes[s])[0] for i, s in enumerate(asked)] for name in ('orca', 'whale')}
+    for judge, right in is_there(drawn['orca'], 'orca', asked).items(): assert right.sum()>=3, judge
+    for judge, right in is_there(drawn['orca'], 'orca', asked[1:]+asked[:1]).items(): assert not right.any(), judge
+    assert is_still_it(drawn['orca'], 'orca', 'whale', asked)['encoder'].all()
+    assert not is_still_it(drawn['whale'], 'orca', 'whale', asked)['encoder'].any()
+    assert [im.tobytes() for im in renderings('orca', 2, 50)]==[render('orca', seed=i)[0].tobytes() for i in (50, 51)]
+
+def test_a_study_goes_on_where_it_stopped_and_sums_up(tmp_path, monkeypatch):
+    import sdlearn.adapt.which as which
+    from PIL import Image
+    done = []
+    def one(sd, name, seed, known):
+        done.append((name, seed))
+        if len(done)==3: raise KeyboardInterrupt
+        judged = dict(encoder=1+seed, pixels=4, both=seed)
+        return dict(before=dict(it=judged), word=dict(it=judged, wish=judged, drift=dict(encoder=.5*seed, pixels=1.), seconds=1.)), [Image.new('RGB', (8, 8))]*2
+    for name, fake in dict(study_one=one, seen_known=lambda: 1, load_sd=lambda networks: 2).items(): monkeypatch.setattr(which, name, fake)
+    with pytest.raises(KeyboardInterrupt): which.study(tmp_path/'a', (0, 1), ('moose', 'orca'))
+    assert [*which.read_study(tmp_path/'a')]==['moose-0', 'orca-0']
+    rows = which.study(tmp_path/'a', (0, 1), ('moose', 'orca'))
+    assert done==[('moose', 0), ('orca', 0), ('moose', 1), ('moose', 1), ('orca', 1)] and len(rows)==4
+    table = which.summary(rows)
+    assert table['word']==dict(it=dict(encoder=6/16, pixels=1., both=2/16), wish=dict(encoder=6/16, pixels=1., both=2/16),
+                               drift=dict(encoder=.25, pixels=1.), n=4)
+    assert table['before']==dict(it=dict(encoder=6/16, pixels=1., both=2/16), n=4)
+    assert which._counts(dict(encoder=torch.tensor([1, 1, 0, 0])>0, pixels=torch.tensor([0, 1, 1, 1])>0))==dict(encoder=2, pixels=3, both=1)
+    monkeypatch.setattr(which, 'study_ways', dict(word=dict(steps=1)))
+    with pytest.raises(ValueError, match='another in'): which.read_study(tmp_path/'a')
 
 # ---------------------------------------------------------------- inversion
 
