@@ -68,7 +68,7 @@ def mirrored(
     return [*pictures, *turned], captions
 
 def _word(rows, seconds): # `Taught`, from (n,D) vectors
-    return Taught('<it>', lambda sd: add_words(sd, {'<it>': rows}),
+    return Taught('a <it>', lambda sd: add_words(sd, {'<it>': rows}),
                   lambda file: save_word(file, '<it>', rows), rows.numel(), seconds)
 
 def _timed(learn): # its result, and seconds
@@ -236,9 +236,9 @@ def is_still_it(
     return _each([*map(asked, images, sentences)])
 
 # %% ../../nbs/45_which.ipynb #d4b85d80
-five = {'moose': 'deer', 'jellyfish': 'octopus', 'orca': 'whale', 'phoenix': 'bird',
+five = {'moose': 'deer', 'jellyfish': 'octopus', 'orca': 'dolphin', 'phoenix': 'bird',
         'treasure chest': 'toolbox'}
-study_ways = dict(word=dict(steps=200, batch=4, lr=.02), lora=dict(steps=70, lr=6e-3),
+study_ways = dict(word=dict(steps=150, batch=4), lora=dict(steps=70, lr=6e-3),
                   dreambooth=dict(steps=50, n=8, lr=6e-3),
                   without=dict(steps=50, n=1, lr=6e-3, weight=0))
 
