@@ -17,7 +17,7 @@ from ..judge import load_clip, pixel_features
 from ..pipeline import txt2img
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at
 from ..text import embed_prompts
-from ..train import fit
+from ..train import fit, learning
 
 # %% ../../nbs/42_dreambooth.ipynb #dcb4eae2
 def class_pictures(
@@ -141,13 +141,11 @@ def learn_all(
 )->Callable:          # Called without arguments it puts the old numbers back, bit for bit
     "Train every weight; what goes wrong leaves the network as it was"
     before = {k: v.detach().clone() for k, v in unet.state_dict().items()}
-    frozen = {k: p.requires_grad for k, p in unet.named_parameters()}
     def undo(): unet.load_state_dict(before)
-    unet.requires_grad_(True)
-    try: fit(unet, loss_fn, steps, path, **dict(lr=2e-4, warmup=10, ema=.97)|settings)
+    try:
+        with learning(unet):
+            fit(unet, loss_fn, steps, path, **dict(lr=2e-4, warmup=10, ema=.97)|settings)
     except BaseException:
         undo()
         raise
-    finally:
-        for k, p in unet.named_parameters(): p.requires_grad_(frozen[k])
     return undo

@@ -7,7 +7,6 @@ __all__ = ['Told', 'learn_sentence', 'between', 'Edit', 'learn_edit', 'draw_edit
 
 # %% ../../nbs/44_imagic.ipynb #0f5d4ec2
 import json, warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from .inversion import encoded
 from .lora import learn_lora, lora_loss, merge_lora, read_lora
 from ..core import as_path, check_tensor, real, whole_file
 from ..pipeline import encode_prompt, generate_with_embs
-from ..train import fit
+from ..train import fit, learning
 
 # %% ../../nbs/44_imagic.ipynb #5ad7a918
 class Told(nn.Module):
@@ -34,14 +33,6 @@ class Told(nn.Module):
         return self.unet(x_in.to(kind), t, words.to(kind))
 
 # %% ../../nbs/44_imagic.ipynb #997d5d1d
-@contextmanager
-def _frozen(network): # for a while
-    before = [(p, p.requires_grad) for p in network.parameters()]
-    network.requires_grad_(False)
-    try: yield
-    finally:
-        for p, asked in before: p.requires_grad_(asked)
-
 def learn_sentence(
     unet,           # Our UNet or diffusers'; not changed
     loss_fn,        # From `lora_loss`: loss_fn(network, generator)
@@ -55,7 +46,7 @@ def learn_sentence(
     check_tensor(start, 'one text embedding', '(1,77,D)', 'embed_prompts makes it')
     told = Told(unet, start)
     settings = dict(lr=.015, warmup=5, ema=.9, weight_decay=0.)|settings
-    with _frozen(unet): fit(told, loss_fn, steps, path, **settings)
+    with learning(unet, False): fit(told, loss_fn, steps, path, **settings)
     return told.words.detach().to(start)
 
 # %% ../../nbs/44_imagic.ipynb #d978da4f

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core import real, whole, whole_file
 from ..denoiser import noise_loss
 from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
-from ..train import fit
+from ..train import fit, learning
 from ..unet import predict_noise
 
 # %% ../../nbs/41_lora.ipynb #14252e7c
@@ -227,17 +227,15 @@ def learn_lora(
     **settings,
 )->dict:                      # 'unet.<name of a layer>' -> `Pair`
     "Train low-rank changes of the attention layers, and nothing else"
-    frozen = {k: p.requires_grad for k, p in unet.named_parameters()}
-    low = put_lora(unet, rank, alpha, names, seed=settings.get('seed', 0))
-    if start is not None: _go_on_from(start, low)
     # what is told here is compared when a run is resumed
     def loss(net, g, told=(rank, alpha, [*names])): return loss_fn(net, g)
-    try:
-        fit(unet, loss, steps, path, **dict(lr=4e-3, warmup=10, ema=.97)|settings)
-        return lora_pairs(unet=unet)
-    finally:
-        take_lora(unet)
-        for k, p in unet.named_parameters(): p.requires_grad_(frozen[k])
+    with learning(unet, False):
+        low = put_lora(unet, rank, alpha, names, seed=settings.get('seed', 0))
+        try:
+            if start is not None: _go_on_from(start, low)
+            fit(unet, loss, steps, path, **dict(lr=4e-3, warmup=10, ema=.97)|settings)
+            return lora_pairs(unet=unet)
+        finally: take_lora(unet)
 
 # %% ../../nbs/41_lora.ipynb #e6688707
 @torch.no_grad()

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['critic_from', 'critic_heard', 'edges', 'patch_colour', 'worst', 'picture_loss', 'fading', 'VAELoss', 'device_of',
            'mark_of', 'hasten', 'vae_batch', 'train_vae', 'standardize', 'kept', 'cache_latents', 'denoised',
-           'latents_to_draw', 'decoder_batch', 'Critic', 'hinge', 'adaptive_weight', 'Decode', 'frozen', 'two_losses',
-           'in_turns', 'train_decoder']
+           'latents_to_draw', 'decoder_batch', 'Critic', 'hinge', 'adaptive_weight', 'Decode', 'two_losses', 'in_turns',
+           'train_decoder']
 
 # %% ../../nbs/64b_codec.ipynb #582f5a21
 import time
-from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import nn
@@ -19,8 +18,8 @@ from ..denoiser import predict_noise, predict_x0
 from ..idea.autoencoder import kl
 from .pictures import batch_of, picks, processes, step_of, usable
 from ..schedule import add_noise, scale_input, sigma_at, sigma_like
-from ..train import (fingerprint, fit, load_state, one_writer, save_state, train_steps,
-                           trained)
+from ..train import (fingerprint, fit, learning, load_state, one_writer, save_state,
+                           train_steps, trained)
 from ..vae import encode, scaling_factor
 
 # %% ../../nbs/64b_codec.ipynb #0debea67
@@ -263,12 +262,6 @@ class Decode(nn.Module):
 
 critic_from, critic_heard = .25, .35 # Shares of the steps
 
-@contextmanager
-def frozen(net): # gradients pass through, none stays
-    net.requires_grad_(False)
-    try: yield
-    finally: net.requires_grad_(True)
-
 def two_losses(
     half,      # `Decode`
     critic,    # `Critic`
@@ -283,7 +276,7 @@ def two_losses(
         seen[:] = [x, y.detach()]
         rec = picture_loss(y, x)
         if step_of(g)<int(critic_heard*steps): return rec
-        with frozen(critic): fool = -critic(y).float().mean()
+        with learning(critic, False): fool = -critic(y).float().mean()
         return rec+.3*adaptive_weight(rec, fool, half.decoder.conv_out.weight)*fool
     def critic_loss(g): return hinge(*(critic(im).float() for im in seen))
     return decoder_loss, critic_loss
