@@ -2335,7 +2335,7 @@ def test_five_ways_leave_the_checkpoint_alone_and_count_right(tmp_path, monkeypa
     ways = dict(word=which.teach_word(sd, pictures, 'dog', steps=1, **kw), lora=which.teach_lora(sd, pictures, 'orca', 1, rank=2, **kw),
                 booth=which.teach_dreambooth(sd, pictures, 'deer', steps=1, n=1, rank=3, **kw), tuned=which.teach_all(sd, pictures, 'owl', 1, **kw))
     ways['edit'], edit = which.teach_edit(sd, pictures[0], 'a dog in the snow', 'dog', steps=(1, 1), rank=2, **kw)
-    assert [w.call for w in ways.values()]==['<it>', 'an orca', 'a sks deer', 'an owl', 'a dog']
+    assert [w.call for w in ways.values()]==['a <it>', 'an orca', 'a sks deer', 'an owl', 'a dog']
     assert same_bits(weights_of(dict(unet=sd.unet, text=sd.text_encoder)), bits)
     low = ways['lora'].numbers
     assert ways['booth'].numbers==1.5*low and ways['tuned'].numbers==sum(p.numel() for p in sd.unet.parameters())
