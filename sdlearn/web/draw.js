@@ -31,7 +31,8 @@ async function wordsOf(nets, { ids, weights, nothing }) {
   return weights.every(w => w == 1) ? words : weigh(words, await nets.words(nothing), weights);
 }
 
-// A step at a time: { i, last, x, x0, image }. `prompt` is { ids, weights, nothing: ids of the empty prompt };
+// A step at a time: { i, last, x, x0, image }.
+// `prompt` is { ids, weights, nothing: ids of the empty prompt };
 // `nets` are functions from numbers to numbers: words(ids), noise(x, t, words), sketch(x0), pixels(latents)
 export async function* draw(nets, plan, prompt, seed) {
   const words = await wordsOf(nets, prompt);
