@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from PIL import Image
-from .inversion import encoded
+from .inversion import _entries, encoded
 from .lora import learn_lora, lora_loss, merge_lora, read_lora
 from ..core import as_path, check_tensor, real, whole_file
 from ..pipeline import encode_prompt, generate_with_embs
@@ -159,14 +159,10 @@ def _safetensors(file):
                      "are pickles, which can run code when they are opened.")
 
 def _parts(file): # arrays and note
-    from safetensors import safe_open, SafetensorError
+    from safetensors import safe_open
     if not file.is_file(): raise FileNotFoundError(f"expected a file, got {str(file)!r}")
-    try:
-        with safe_open(file, 'pt') as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get('imagic')
-    except SafetensorError as e:
-        raise ValueError(f"expected {file.name} to be a safetensors file, but it cannot be read "
-                         f"({e}). Get it again.") from None
+    arrays = _entries(file)
+    with safe_open(file, 'pt') as f: return arrays, (f.metadata() or {}).get('imagic')
 
 def _fitting(name, tables, sd): # in the checkpoint's precision, on its device
     like = _sentence(sd, 'a')
