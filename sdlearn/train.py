@@ -206,7 +206,8 @@ def train_steps(
     weight_decay = check_number(weight_decay, 'weight_decay', 0)
     if not callable(loss_fn): raise ValueError(f"expected a loss_fn, got {loss_fn!r}")
     device = next(iter(params.values())).device
-    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay)
+    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay,
+                            fused=device.type in ('cpu', 'cuda'))   # else one array at a time
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision=='fp16')
     averaged = {k: p.detach().clone() for k, p in params.items()}
     first = 0 if state is None else _restore(state, params, averaged, opt)
