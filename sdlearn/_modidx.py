@@ -802,6 +802,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sdlearn.pocket.emoji.shrink': ('emoji.html#shrink', 'sdlearn/pocket/emoji.py'),
                                       'sdlearn.pocket.emoji.usual_names': ('emoji.html#usual_names', 'sdlearn/pocket/emoji.py')},
             'sdlearn.pocket.evaluate': { 'sdlearn.pocket.evaluate._alone': ('evaluate.html#_alone', 'sdlearn/pocket/evaluate.py'),
+                                         'sdlearn.pocket.evaluate._another': ('evaluate.html#_another', 'sdlearn/pocket/evaluate.py'),
                                          'sdlearn.pocket.evaluate._any': ('evaluate.html#_any', 'sdlearn/pocket/evaluate.py'),
                                          'sdlearn.pocket.evaluate._any_pair': ('evaluate.html#_any_pair', 'sdlearn/pocket/evaluate.py'),
                                          'sdlearn.pocket.evaluate._card': ('evaluate.html#_card', 'sdlearn/pocket/evaluate.py'),

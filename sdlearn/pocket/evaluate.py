@@ -43,6 +43,10 @@ def _any(kind, rng): # a scene about that and nothing else, in the words of `Sce
     who = pick(subjects(core if kind=='count' else None)) # training counts the core only
     return Scene(who, **({} if kind=='subject' else {kind: pick(_new[kind])}))
 
+def _another(kind, held, found, rng): # a scene that is not among those found, or None
+    tries = (_any(kind, rng) for _ in range(10_000))
+    return next((s for s in tries if is_held_out(s)==held and s not in found), None)
+
 def examples(
     kind:str,        # 'subject', 'style', 'background', 'color', 'count' or 'relation'
     n:int,           # How many
@@ -51,10 +55,8 @@ def examples(
 )->list:             # `Scene`s in the standard view, no two the same
     "What a model is asked to draw"
     rng, found = np.random.default_rng(seed), {}
-    for _ in range(10**5):
-        if len(found)==n: return [*found]
-        one = _any(kind, rng)
-        if is_held_out(one)==held: found[one] = True
+    while len(found)<n and (one := _another(kind, held, found, rng)): found[one] = True
+    if len(found)==n: return [*found]
     what = 'held-out' if held else 'seen'
     raise ValueError(f"expected at most {len(found)} {what} scenes of {kind}, got {n}")
 
