@@ -743,6 +743,7 @@ def main():
     raise AssertionError('both processes should have stopped')
 
 if __name__=='__main__':
+    import torch._dynamo     # optimisers ask for it: once, before there are three processes
     from accelerate import debug_launcher
     debug_launcher(main, num_processes=2)
     a, b = (torch.load(f'{sys.argv[1]}/{i}.pt') for i in (0, 1))
@@ -786,6 +787,7 @@ def main():
     torch.save((here.num_processes, losses, net.state_dict()), f'{sys.argv[1]}/{here.process_index}.pt')
 
 if __name__=='__main__':
+    import torch._dynamo     # optimisers ask for it: once, before there are three processes
     from accelerate import debug_launcher
     debug_launcher(main, num_processes=2)
     (n, a_losses, a), (m, b_losses, b) = (torch.load(f'{sys.argv[1]}/{i}.pt') for i in (0, 1))
@@ -811,7 +813,7 @@ if __name__=='__main__':
 def test_two_processes_train_one_network(tmp_path, program):
     (tmp_path/'two.py').write_text(program)
     done = subprocess.run([sys.executable, 'two.py', str(tmp_path)], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300, env=os.environ|dict(PYTHONPATH=str(root)))
+                          timeout=300, env=os.environ|dict(PYTHONPATH=str(root), OMP_NUM_THREADS='1'))
     assert done.returncode==0, done.stderr[-3000:]
 
 # ---------------------------------------------------------------- what only we define: no library would notice
