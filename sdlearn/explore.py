@@ -74,7 +74,7 @@ class Painter:
 # %% ../nbs/70_explore.ipynb #4e27ffe1
 def _png(image): # its bytes
     out = io.BytesIO()
-    image.save(out, 'PNG')
+    image.save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
 def _jpeg(png): # a lighter file, for the page that stays
@@ -148,6 +148,7 @@ def _one_of(name, options, value=None):
 
 # %% ../nbs/70_explore.ipynb #5df27d2d
 _rough = 4   # steps of a sketch
+_guided = dict(guidance_interval=(1., 14.))   # noise levels: the two in the middle
 
 def _read(sd, *prompts): # their embeddings, and what there is to say about them
     most = sd.tokenizer.model_max_length
@@ -191,13 +192,13 @@ def appearing(
     yield _picture(sd, step.x_next)
 
 def sketched(
-    draw,      # draw(sd, steps): a generator of pictures
+    draw,      # draw(sd, steps, **where): a generator of pictures, guided there
     sd,        # `SD` bundle
     steps:int, # Of the true picture
 ):             # Yields a sketch, then the pictures of `draw(sd, steps)`
     "The end of a few steps first"
     if sd.folded is None and steps>_rough:
-        for sketch in draw(_lighter(sd), _rough): pass
+        for sketch in draw(_lighter(sd), _rough, **_guided): pass
         yield sketch
     yield from draw(sd, steps)
 
@@ -210,8 +211,9 @@ def prompt(
     def draw(prompt, negative, seed, steps, guidance, sampler):
         check_inputs([prompt], steps, guidance)
         emb, note = _read(sd, negative, prompt)
-        eps_fn = noise_predictor(sd, emb, guidance)
-        def pictures(sd, n): return appearing(sd, eps_fn, [seed], n, sampler)
+        def pictures(sd, n, **where):
+            eps_fn = noise_predictor(sd, emb, guidance, **where)
+            return appearing(sd, eps_fn, [seed], n, sampler)
         for picture in sketched(pictures, sd, steps): yield picture, note
     native_size(sd)
     usual, way = _way(sd, 20)
@@ -259,8 +261,9 @@ def mix(
     "From one prompt to another"
     def draw(a, b, share, seed):
         (nothing, *both), note = _read(sd, '', a, b)
-        eps_fn = noise_predictor(sd, torch.stack([nothing, mixed(*both, share)]))
-        def pictures(sd, n): return appearing(sd, eps_fn, [seed], n, sampler)
+        emb = torch.stack([nothing, mixed(*both, share)])
+        def pictures(sd, n, **where):
+            return appearing(sd, noise_predictor(sd, emb, **where), [seed], n, sampler)
         for picture in sketched(pictures, sd, steps): yield picture, note
     native_size(sd)
     steps, sampler = _way(sd, 20)
@@ -348,8 +351,9 @@ def guidance(
     def draw(prompt, scale):
         both, note = _read(sd, '', prompt)
         emb = both.repeat_interleave(len(seeds), 0)
-        def row(sd, n, scale=scale):
-            return appearing(sd, noise_predictor(sd, emb, scale), seeds, n, sampler, every=8)
+        def row(sd, n, scale=scale, **where):
+            eps_fn = noise_predictor(sd, emb, scale, **where)
+            return appearing(sd, eps_fn, seeds, n, sampler, every=8)
         if not above or above[0]!=prompt:
             for plain in row(sd, steps, 1.): pass
             above[:] = prompt, plain
