@@ -343,11 +343,10 @@ def learn(
 ):
     "A folder of pictures becomes a word in a file; a run that was stopped goes on"
     from sdlearn.adapt.inversion import learn_word, save_word
+    from sdlearn.folders import safe_path
     args = learn_parser().parse_args(argv)
     name = args.output or f"{args.word.strip('<>') or 'word'}.safetensors"
-    file = Path(name).expanduser()
-    if file.suffix!='.safetensors':
-        raise ValueError(f"expected -o to end in .safetensors, got {name!r}")
+    file = safe_path(name)
     if not file.parent.is_dir(): raise ValueError(f"expected a folder that exists for {name!r}")
     pictures, state = _pictures_in(args.folder), file.with_suffix('.state')
     rows, _ = learn_word(_load(args, half=False), pictures, args.word, args.start,

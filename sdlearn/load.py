@@ -17,7 +17,7 @@ from .adapt.inversion import add_words, read_words, with_words, write_words
 from .configs import latent_side, sd_v1
 from .core import as_path, check_number
 from .folders import (check_folder, find_checkpoint, pieces, pocket_path, predicts,
-                             read_json, split_file, weights_file, weights_files)
+                             read_json, split_file, weights_file, weights_files, write_weights)
 from .schedule import SD_V1, Schedule, read_schedule
 from .tokenizer import Tokenizer, check_tokenizer
 from .text import TextEncoder, flat_keys, nested_keys
@@ -270,12 +270,9 @@ def _settings(net): # as a config.json, without where it lay on somebody's disk
     return {k: v for k, v in said.items() if k not in ('_name_or_path', '_use_default_values')}
 
 def _write_piece(net, piece, folder):
-    from safetensors.torch import save_file
     state = nested_keys(net.state_dict()) if piece=='text_encoder' else net.state_dict()
-    (folder/piece).mkdir()
+    write_weights(folder/piece/_weights[piece], state)
     _write_json(folder/piece/'config.json', _classes[piece]|_settings(net))
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()},
-              folder/piece/_weights[piece], metadata=dict(format='pt'))
 
 def _write_notes(sd, folder): # the solver that was there, with the schedule as it is now
     before = read_json(sd.path/'scheduler'/'scheduler_config.json') if sd.path.is_dir() else {}
