@@ -2525,7 +2525,7 @@ def test_files_of_words(tmp_path):
     save_file(dict(clip_l=torch.zeros(1, 768), clip_g=torch.zeros(1, 1280)), tmp_path/'xl.safetensors')
     with pytest.raises(ValueError, match='SDXL'): read_words(tmp_path/'xl.safetensors')
     torch.save(words, tmp_path/'w.pt')
-    with pytest.raises(ValueError, match='pickle.*save_word'): read_words(tmp_path/'w.pt')
+    with pytest.raises(ValueError, match='pickles.*save its tensors'): read_words(tmp_path/'w.pt')
     (tmp_path/'w.pt').rename(tmp_path/'w.safetensors')
     with pytest.raises(ValueError, match='cannot be read'): read_words(tmp_path/'w.safetensors')
     with pytest.raises(FileNotFoundError, match='expected a file'): read_words(tmp_path/'no.safetensors')

@@ -27,7 +27,8 @@ def safe_path(
     file = as_path(file, 'a .safetensors file')
     if file.suffix=='.safetensors': return file
     raise ValueError(f"expected a .safetensors file, got {file.name!r}: other kinds (.pt, .bin, "
-                     ".ckpt) are pickles, which can run code when they are opened.")
+                     ".ckpt) are pickles, which can run code when they are opened. Get it as "
+                     ".safetensors, or, if you trust it, open it elsewhere and save its tensors.")
 
 @contextmanager
 def open_weights(
@@ -45,16 +46,16 @@ def open_weights(
                          "Download it again.") from None
 
 def write_weights(
-    file,        # A name or a path, .safetensors; replaced whole
-    arrays:dict, # Name -> tensor, on any device
-    **notes,     # Name -> text to keep beside them
-)->Path:         # The file
+    file,            # A name or a path, .safetensors; replaced whole
+    arrays:dict,     # Name -> tensor, on any device
+    notes:dict=None, # Name -> text to keep beside them
+)->Path:             # The file
     "Write a file of weights, its folder too"
     from safetensors.torch import save_file
     file = safe_path(file)
     arrays = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole_file(file, lambda part: save_file(arrays, part, notes|dict(format='pt')))
+    whole_file(file, lambda part: save_file(arrays, part, dict(notes or {}, format='pt')))
     return file
 
 # %% ../nbs/95_folders.ipynb #5a456f38

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from PIL import Image
-from .inversion import _entries, encoded
+from .inversion import encoded
 from .lora import learn_lora, lora_loss, merge_lora, read_lora
-from ..core import as_path, check_tensor, real, whole_file
+from ..core import as_path, check_tensor, real
+from ..folders import open_weights, safe_path, write_weights
 from ..pipeline import encode_prompt, generate_with_embs
 from ..train import fit, learning
 
@@ -138,31 +139,18 @@ def save_edit(
     file,      # A .safetensors file; replaced whole
 ):             # Its path
     "Write an edit: both tables, the LoRA as diffusers names it, sentence and shares as notes"
-    from safetensors.torch import save_file
-    file = _safetensors(file)
     arrays = dict(zip(_tables, (edit.found, edit.wanted)))
     for k, p in edit.pairs.items():
         arrays |= {f'{k}.lora_A.weight': p.down, f'{k}.lora_B.weight': p.up,
                    f'{k}.alpha': torch.tensor(float(p.alpha))}
-    arrays = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
     note = json.dumps(dict(sentence=edit.sentence, shares=[*edit.shares]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    whole_file(file, lambda part: save_file(arrays, part, dict(format='pt', imagic=note)))
-    return file
+    return write_weights(file, arrays, dict(imagic=note))
 
 _tables = 'imagic.found', 'imagic.wanted'
 
-def _safetensors(file):
-    file = as_path(file, 'a file')
-    if file.suffix=='.safetensors': return file
-    raise ValueError(f"expected a .safetensors file, got {file.name!r}: other kinds (.pt, .ckpt) "
-                     "are pickles, which can run code when they are opened.")
-
 def _parts(file): # arrays and note
-    from safetensors import safe_open
-    if not file.is_file(): raise FileNotFoundError(f"expected a file, got {str(file)!r}")
-    arrays = _entries(file)
-    with safe_open(file, 'pt') as f: return arrays, (f.metadata() or {}).get('imagic')
+    with open_weights(file) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get('imagic')
 
 def _fitting(name, tables, sd): # in the checkpoint's precision, on its device
     like = _sentence(sd, 'a')
@@ -201,7 +189,7 @@ def read_edit(
     sd,    # The checkpoint that it was learned on; it is not changed
 )->Edit:   # Draws what the one that was saved draws
     "Read an edit; what does not fit is refused"
-    file = _safetensors(file)
+    file = safe_path(file)
     arrays, said = _parts(file)
     if said is None or not {*_tables}<={*arrays}:
         raise ValueError(f"expected an edit in {file.name}, got {', '.join([*arrays][:2])} ... "

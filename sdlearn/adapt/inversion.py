@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn, Tensor
 from ..configs import latent_side
-from ..core import as_rgb, images_to_tensor, noise_like, whole, whole_file
+from ..core import as_path, as_rgb, images_to_tensor, noise_like, whole
 from ..denoiser import noise_loss, predict_noise
-from ..folders import read_json
+from ..folders import open_weights, read_json, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, sigma_at
 from ..text import add_positions, get_output_embeds, get_token_embeds, text_core
 from ..tokenizer import (Tokenizer, all_ids, check_tokenizer, clean_text,
@@ -197,33 +197,8 @@ def save_word(
     vectors:Tensor, # (n,D)
 )->Path:            # The file
     "Write a word as diffusers' script does: {token: vectors}, whole or not at all"
-    from safetensors.torch import save_file
-    file = Path(file).expanduser()
-    if file.suffix!='.safetensors':
-        raise ValueError(f"expected a file name that ends in .safetensors, got {file.name!r}")
-    vectors = vectors.detach().float().cpu().contiguous()
-    entry = {token: vectors[0].clone() if len(vectors)==1 else vectors}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    whole_file(file, lambda part: save_file(entry, part, metadata=dict(format='pt')))
-    return file
-
-def _safe_file(file): # the file meant, or a sentence
-    file = Path(file).expanduser()
-    if file.is_dir(): file = file/'learned_embeds.safetensors'
-    if file.suffix in ('.pt', '.bin', '.ckpt', '.pth'):
-        raise ValueError(f"expected a .safetensors file, got {file.name}: a pickle can run code "
-                         "when it is opened. Ask for the word as .safetensors, or, if you trust "
-                         "it, open it elsewhere and write its vectors with save_word.")
-    if not file.is_file(): raise FileNotFoundError(f"expected a file, got {str(file)!r}")
-    return file
-
-def _entries(file): # name -> tensor
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try: return load_file(file)
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"expected {file.name} to be a safetensors file, but it cannot be read "
-                         f"({e}). Get it again.") from None
+    vectors = vectors.float()
+    return write_weights(file, {token: vectors[0].clone() if len(vectors)==1 else vectors})
 
 def _check_entries(file, found):
     if {'clip_l', 'clip_g'}&set(found):
@@ -239,8 +214,9 @@ def read_words(
     token:str=None,  # What to call the word; None: what the file says
 )->dict:             # Token -> (n,D) vectors
     "Read what diffusers wrote ({token: vectors}), or AUTOMATIC1111 (`emb_params`: its name)"
-    file = _safe_file(file)
-    found = _entries(file)
+    file = as_path(file, 'a file')
+    file = safe_path(file/'learned_embeds.safetensors' if file.is_dir() else file)
+    with open_weights(file) as f: found = {k: f.get_tensor(k) for k in f.keys()}
     _check_entries(file, found)
     if token is not None and len(found)>1:
         raise ValueError(f"expected a file of one word to call it {token!r}, got {[*found]}")

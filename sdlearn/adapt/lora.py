@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['attention_names', 'LowRank', 'full_change', 'all_layers', 'lora_layers', 'put_lora', 'Pair', 'lora_pairs',
-           'take_lora', 'lora_loss', 'draw_batch', 'ask_network', 'learn_lora', 'merge_lora', 'save_lora',
-           'open_weights', 'read_note', 'read_lora']
+           'take_lora', 'lora_loss', 'draw_batch', 'ask_network', 'learn_lora', 'merge_lora', 'save_lora', 'read_note',
+           'read_lora']
 
 # %% ../../nbs/41_lora.ipynb #1da9499d
 import json, re, warnings
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 import torch
 from torch import Tensor, nn
-from ..core import real, whole, whole_file
+from ..core import real, whole
 from ..denoiser import noise_loss
+from ..folders import open_weights, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
 from ..train import fit, learning
 from ..unet import predict_noise
@@ -302,26 +302,16 @@ def save_lora(
     notes:dict=None,        # name -> text to keep in the file beside the numbers
 )->Path:
     "Write a LoRA that others read"
-    from safetensors.torch import save_file
-    file = _safetensors(file)
     if layout not in ('diffusers', 'kohya'):
         raise ValueError(f"expected a layout 'diffusers' or 'kohya', got {layout!r}")
-    arrays, notes = {}, dict(notes or {}, format='pt')
+    arrays, notes = {}, dict(notes or {})
     for key, p in pairs.items():
         name = _diffusers_name(key) if layout=='diffusers' else _kohya_name(key)
         down, up = ('lora_A', 'lora_B') if layout=='diffusers' else ('lora_down', 'lora_up')
         arrays |= {f'{name}.{down}.weight': p.down, f'{name}.{up}.weight': p.up}
         if layout=='kohya': arrays[f'{name}.alpha'] = torch.tensor(float(p.alpha))
     if layout=='diffusers': notes['lora_adapter_metadata'] = json.dumps(_notes(pairs))
-    arrays = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
-    whole_file(file, lambda part: save_file(arrays, part, metadata=notes))
-    return file
-
-def _safetensors(file):
-    file = Path(file).expanduser()
-    if file.suffix=='.safetensors': return file
-    raise ValueError(f"expected a .safetensors file, got {file.name!r}: other kinds (.pt, .bin, "
-                     ".ckpt) are pickles, which can run code when they are opened.")
+    return write_weights(file, arrays, notes)
 
 # %% ../../nbs/41_lora.ipynb #009854e6
 _spellings = ('.processor.', '.'), ('.default.', '.'), ('.lora_linear_layer.', '.lora.'), \
@@ -341,20 +331,6 @@ def _said_alpha(notes, place, rank): # by the file's metadata; without it, the r
     for pattern, value in notes.get(f'{piece}.alpha_pattern', {}).items():
         if ('_'+flat).endswith('_'+_place(f'{piece}.{pattern.lstrip("^")}')[1]): alpha = value
     return alpha*rank**.5 if notes.get(f'{piece}.use_rslora') else alpha
-
-@contextmanager
-def open_weights(
-    file, # A `Path` of a .safetensors file
-):        # A context with the opened file: `keys`, `get_tensor`, `metadata`
-    "A file of weights, or a sentence that says what is wrong with it"
-    from safetensors import safe_open, SafetensorError
-    if not file.is_file():
-        raise ValueError(f"expected a file, and there is none at {str(file)!r}. Check the path.")
-    try:
-        with safe_open(file, 'pt') as f: yield f
-    except SafetensorError as e:
-        raise ValueError(f"expected a complete file, but {file.name} is damaged or truncated "
-                         f"({e}). Download it again.") from None
 
 def read_note(
     file,    # A `Path` of a .safetensors file
@@ -383,7 +359,7 @@ def read_lora(
     text_encoder=None, # Ours or transformers', if the file may change that too
 )->dict:               # 'unet.<name of a layer>' -> `Pair`, each with its own alpha
     "Read a LoRA; what has no place in these networks is listed, what does not fit refused"
-    file = _safetensors(file)
+    file = safe_path(file)
     arrays, notes = _open(file)
     table = _table(dict(unet=unet, text_encoder=text_encoder))
     rows, keys = defaultdict(dict), defaultdict(list)

@@ -20,7 +20,7 @@ from .imagic import learn_edit, save_edit
 from .inversion import add_words, learn_word, save_word
 from .lora import learn_lora, lora_loss, merge_lora, save_lora
 from ..core import as_path, image_grid, images_to_tensor, whole_file
-from ..folders import read_json
+from ..folders import read_json, write_weights
 from ..judge import load_clip, pixel_features
 from ..load import load_sd
 from ..pipeline import txt2img
@@ -132,19 +132,13 @@ def teach_all(
     after = {k: v.clone() for k, v in sd.unet.state_dict().items()}
     undo()
     numbers = sum(p.numel() for p in sd.unet.parameters())
-    return Taught(call, lambda sd: _put(sd.unet, after), lambda file: _save(after, file), numbers,
-                  seconds)
+    return Taught(call, lambda sd: _put(sd.unet, after),
+                  lambda file: write_weights(file, after), numbers, seconds)
 
 def _put(unet, weights):
     before = {k: v.clone() for k, v in unet.state_dict().items()}
     unet.load_state_dict(weights)
     return lambda: unet.load_state_dict(before)
-
-def _save(weights, file):
-    from safetensors.torch import save_file
-    weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    whole_file(file, lambda part: save_file(weights, part))
-    return file
 
 def teach_edit(
     sd,            # An `SD` bundle; it is not changed

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from ..adapt.lora import all_layers, ask_network, learn_lora, read_note, save_lora
 from ..configs import latent_side
-from ..core import as_path, check_number, seeded_noise, whole, whole_file
+from ..core import as_path, check_number, seeded_noise, whole
 from ..denoiser import noise_predictor
+from ..folders import write_weights
 from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
@@ -194,13 +195,11 @@ def read_student(
 
 # %% ../../nbs/53_student.ipynb #12e3c864
 def _write_paths(file, sd, prompts, seed, made): # one block, whole or not there
-    from safetensors.torch import save_file
     emb = embed_prompts(sd.tokenizer, sd.text_encoder, ['']*len(prompts)+prompts).to(sd.dtype)
     noise = seeded_noise((4, latent_side(sd.unet.config), latent_side(sd.unet.config)),
                          [seed+i for i in range(len(prompts))])
     paths = teacher_paths(sd, emb, noise.to(sd.device), made)
-    said = dict(paths=paths.half().cpu(), words=emb[len(prompts):].half().cpu().contiguous())
-    whole_file(file, lambda part: save_file(said, part))
+    write_weights(file, dict(paths=paths.half(), words=emb[len(prompts):].half()))
 
 def write_paths(
     sd,           # `SD` bundle, the teacher; in bfloat16 a CPU is 1.6 times faster
