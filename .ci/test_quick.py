@@ -2070,7 +2070,7 @@ def test_what_has_no_place_in_a_lora_file_is_listed(tmp_path):
     with pytest.warns(UserWarning, match='2 arrays .*lora_te_'): assert len(read_lora(tmp_path/'y.safetensors', nets['unet']))==4
     (tmp_path/'z.safetensors').write_bytes((tmp_path/'y.safetensors').read_bytes()[:300])
     for name, words in (('z.safetensors', 'damaged'), ('y.ckpt', 'pickles'), ('none.safetensors', 'Check the path')):
-        with pytest.raises(ValueError, match=words): read_lora(tmp_path/name, nets['unet'])
+        with pytest.raises((ValueError, OSError), match=words): read_lora(tmp_path/name, nets['unet'])
 
 # ---------------------------------------------------------------- dreambooth
 
@@ -2288,10 +2288,10 @@ def test_an_edit_survives_its_file(tmp_path):
                       (lambda: odd({k.replace(layer, 'unet.no.such'): v for k, v in arrays.items() if k.startswith(layer+'.')}, [k for k in arrays if k.startswith(layer+'.')]),
                        'layers for this network'),
                       (lambda: odd(dict(junk=nan)), 'layers for this network'),
-                      (lambda: save_lora(edit.pairs, tmp_path/'lora.safetensors'), 'expected an edit'), (lambda: tmp_path/'x.pt', 'pickles'), (lambda: None, 'a file')):
+                      (lambda: save_lora(edit.pairs, tmp_path/'lora.safetensors'), 'expected an edit'), (lambda: tmp_path/'x.pt', 'pickles'), (lambda: None, 'a .safetensors file')):
         with pytest.raises(ValueError, match=said): read_edit(bad(), sd)
     (tmp_path/'torn.safetensors').write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match='cannot be read'): read_edit(tmp_path/'torn.safetensors', sd)
+    with pytest.raises(ValueError, match='damaged or truncated'): read_edit(tmp_path/'torn.safetensors', sd)
     with pytest.raises(FileNotFoundError): read_edit(tmp_path/'none.safetensors', sd)
     with pytest.raises(ValueError, match='pickles'): save_edit(edit, tmp_path/'x.pt')
     strange = replace(edit, sentence='')                                   # without a sentence nothing is compared
@@ -2527,7 +2527,7 @@ def test_files_of_words(tmp_path):
     torch.save(words, tmp_path/'w.pt')
     with pytest.raises(ValueError, match='pickles.*save its tensors'): read_words(tmp_path/'w.pt')
     (tmp_path/'w.pt').rename(tmp_path/'w.safetensors')
-    with pytest.raises(ValueError, match='cannot be read'): read_words(tmp_path/'w.safetensors')
+    with pytest.raises(ValueError, match='damaged'): read_words(tmp_path/'w.safetensors')
     with pytest.raises(FileNotFoundError, match='expected a file'): read_words(tmp_path/'no.safetensors')
     with pytest.raises(ValueError, match='.safetensors'): save_word(tmp_path/'w.pt', '<b>', words['<lines>'])
 
