@@ -191,6 +191,13 @@ def test_a_student_begins_as_its_teacher_which_stays_as_it_is():
     assert torch.equal(net.weight, before) and torch.equal(same.weight, before)
     assert (other.weight<before).all() and not other.weight.requires_grad
 
+def test_notebooks_are_small_and_films_are_short():
+    for path in notebooks:
+        outputs = [o for c in json.loads(path.read_text(encoding='utf8'))['cells'] for o in c.get('outputs', ())]
+        films = [len(''.join(o['data']['image/gif'])) for o in outputs if 'image/gif' in o.get('data', {})]
+        assert path.stat().st_size-sum(films)<300_000, path.name
+        assert all(3*n/4<300_000 for n in films), path.name     # base64 takes four letters for three bytes
+
 def test_lines_fit_and_statements_stand_alone():
     import io, tokenize
     for path in notebooks:
