@@ -356,7 +356,7 @@ def learn_word(
     latents = encoded(sd, pictures)
     ids = _caption_ids(sd, _tokens(token, vectors), captions, len(pictures))
     word = Word(start)
-    lr = .05*start[0].std().item()   # .01 on pocket, .0007 on SD v1
+    lr = .1*start[0].std().item()   # .02 on pocket, .0014 on SD v1
     settings = dict(lr=lr, warmup=10, decay=True, ema=.95, weight_decay=0.)|settings
     losses = fit(word, word_loss(sd, latents, ids, batch), steps, path, seed, **settings)
     rows = word.rows.detach().to(start.device)

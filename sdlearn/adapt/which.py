@@ -233,9 +233,8 @@ def is_still_it(
 five = {'moose': 'deer', 'jellyfish': 'octopus', 'orca': 'whale', 'phoenix': 'bird',
         'treasure chest': 'toolbox'}
 starts = five|{'orca': 'dolphin'}   # of a word: what has its shape
-study_ways = dict(word=dict(steps=150, batch=4), lora=dict(steps=70, lr=6e-3),
-                  dreambooth=dict(steps=50, n=8, lr=6e-3),
-                  without=dict(steps=50, n=1, lr=6e-3, weight=0))
+study_ways = dict(word=dict(steps=300, batch=8, lr=.02), lora=dict(steps=150, lr=4e-3),
+                  dreambooth=dict(steps=80, n=16), without=dict(steps=80, n=1, weight=0))
 
 def _ways(sd, subject, seed): # name -> `Taught`, one after the other
     photos, like = renderings(subject, 4, 10*seed), five[subject]
