@@ -3009,7 +3009,7 @@ def test_a_student_is_drawn_with_in_no_other_way():
     with pytest.raises(ValueError, match='in this student'): noise_predictor(sd, torch.zeros(2, 77, 128), 4.)
     with tempfile.TemporaryDirectory() as d:
         again = load_sd(sd.save(Path(d)/'student'), networks='own')
-        with pytest.raises(ValueError, match='there is none'): load_sd(Path(d)/'student', networks='own', fast=True)
+        with pytest.raises(FileNotFoundError, match='there is none'): load_sd(Path(d)/'student', networks='own', fast=True)
     assert (again.num_inference_steps, again.sampler, again.folded, again.schedule)==(4, 'euler', 4., sd.schedule)
     assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), sd.unet.parameters()))
 # ---------------------------------------------------------------- consistency
