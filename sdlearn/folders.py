@@ -223,5 +223,4 @@ def predicts(
     file:Path, # A single file
 )->str:        # 'epsilon', or 'v_prediction' where the file has an array of that name
     "What a single file's network predicts"
-    from safetensors import safe_open
-    with safe_open(file, 'pt') as f: return 'v_prediction' if 'v_pred' in f.keys() else 'epsilon'
+    with open_weights(file) as f: return 'v_prediction' if 'v_pred' in f.keys() else 'epsilon'
