@@ -159,7 +159,6 @@ def find_checkpoint(
                          "of them. Check the path.")
     return _download(str(name), variant)
 
-
 def wanted_files(
     names:list,        # All the files of a repository
     variant:str=None,  # "fp16" or None
