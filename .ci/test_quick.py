@@ -491,7 +491,9 @@ class Plain(torch.nn.Module):
         both = torch.cat([torch.full((1, 4, 1, 1), mean), torch.full((1, 4, 1, 1), logvar)], 1)
         self.encoder = lambda x: both.expand(len(x), 8, x.shape[2]//8, x.shape[3]//8)
         self.quant_conv = self.post_quant_conv = torch.nn.Identity()
-        self.decoder = lambda z: z.mean(1, keepdim=True).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+        self.decoder = self
+    def floors(self, z): yield z.mean(1, keepdim=True).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+    def picture(self, x): return x
 
 def test_the_autoencoders_loss():
     from sdlearn.pocket.codec import VAELoss, picture_loss
@@ -509,6 +511,21 @@ def test_the_autoencoders_loss():
     assert_close(loss(1., logvar, 0., 0.), rec)
     assert_close(loss(1., logvar, 2., 0.), rec+2*prior)                # added: spread and mean both cost
     assert_close(loss(1., logvar, 0., .5), rec+4*(z-.5)**2)            # the helper's colour against the patch's
+
+def test_droplets_have_a_price():
+    from sdlearn.pocket.codec import drawn, stands_out
+    maps = torch.ones(1, 4, 8, 8)
+    assert stands_out(maps)==0
+    maps[0, 2, 5, 5] = 40                                              # all of the rest is 63
+    assert stands_out(maps)==0                                        # 40 is 7.8 times the root mean square
+    wide = torch.nn.functional.pad(maps, (0, 8, 0, 8), value=1.)       # among 255
+    assert_close(stands_out(wide).item(), (40/((255+1600)/256)**.5-8)/4, atol=1e-4, rtol=0.)
+    assert stands_out(wide)==stands_out(-wide) and stands_out(.01*wide)>0
+    class Two: # floors
+        def floors(self, z): yield from (z*wide, z*wide)
+        def picture(self, x): return x[:, :3]
+    y, droplets = drawn(Two(), 1.)
+    assert torch.equal(y, wide[:, :3]) and droplets==2*stands_out(wide)
 
 def test_which_pictures_a_batch_takes_follows_from_the_step(monkeypatch):
     from types import SimpleNamespace
@@ -595,10 +612,10 @@ def test_decoder_and_critic_pull_the_right_ways():
             self.decoder = torch.nn.Module()
             self.decoder.conv_out = torch.nn.Linear(1, 1, bias=False)
             torch.nn.init.constant_(self.decoder.conv_out.weight, .5)
-        def forward(self, z): return z*self.decoder.conv_out.weight
+        def forward(self, z): return z*self.decoder.conv_out.weight, 5.    # and droplets
     x, half, critic = torch.ones(2, 3, 16, 16), Half(), Bright()
     decoder_loss, critic_loss = two_losses(half, critic, lambda g: (x, x), 20)
-    rec, pull = picture_loss(.5*x, x), 1+4+4+.3                        # of the loss on the number
+    rec, pull = picture_loss(.5*x, x)+.02*5, 1+4+4+.3                        # of the loss on the number
     assert_close(decoder_loss(batch_rng(0, 6)), rec)                   # 35% of 20 steps is 7
     loss = decoder_loss(batch_rng(0, 7))
     assert_close(loss, rec+.3*pull/2*(-2*.5))
