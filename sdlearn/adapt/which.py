@@ -9,7 +9,6 @@ __all__ = ['untaught', 'wishes', 'five', 'starts', 'study_ways', 'Taught', 'draw
 
 # %% ../../nbs/45_which.ipynb #039e8df0
 import json, time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
