@@ -61,9 +61,8 @@ def drawn(
     z:torch.Tensor, # (B,4,h,w), behind `post_quant_conv`
 )->tuple:           # (picture (B,3,8h,8w), how far places stand out on the way to it)
     "What a decoder draws, and how"
-    droplets = []
-    for x in decoder.floors(z): droplets.append(stands_out(x))
-    return decoder.picture(x).float(), sum(droplets)
+    floors = [*decoder.floors(z)]
+    return decoder.picture(floors[-1]).float(), sum(map(stands_out, floors))
 
 # %% ../../nbs/64b_codec.ipynb #91ab6c66
 def fading(
