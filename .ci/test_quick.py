@@ -198,6 +198,11 @@ def test_notebooks_are_small_and_films_are_short():
         assert path.stat().st_size-sum(films)<300_000, path.name
         assert all(3*n/4<300_000 for n in films), path.name     # base64 takes four letters for three bytes
 
+def test_no_lesson_keeps_a_failure():
+    for path in notebooks:
+        kept = [o['output_type'] for c in json.loads(path.read_text(encoding='utf8'))['cells'] for o in c.get('outputs', ())]
+        assert 'error' not in kept, path.name
+
 def test_lines_fit_and_statements_stand_alone():
     import io, tokenize
     for path in notebooks:
