@@ -74,8 +74,9 @@ CLIP's vocabulary of 49,408 (MIT). NOTICE names the makers; none of them endorse
 
 Shares are top-1: of all that could have been asked for, is it the right one? By pocket's own CLIP \
 and by pixel distance to the renderer's drawings. "True" is what the same judge says of the \
-renderer's pictures (guidance draws what is most typical, which CLIP may like better). Held out: \
-combinations that were in no training. ± is the standard error of a share of so many pictures.
+renderer's pictures (guidance draws what is most typical, which CLIP may like better). Of two in \
+relation CLIP looks for one in parts of the picture, too. Held out: combinations that \
+were in no training. ± is the standard error of a share of so many pictures.
 
 | what | pictures | CLIP | true | pixels | true |
 |---|---|---|---|---|---|
