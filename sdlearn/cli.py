@@ -6,7 +6,7 @@
 __all__ = ['parser', 'parse', 'settings', 'writable', 'make_pictures', 'learn_parser', 'learn', 'main', 'save_picture']
 
 # %% ../nbs/92_cli.ipynb #49c03cc3
-import argparse, os, random, sys, tempfile, warnings
+import argparse, os, random, re, sys, tempfile, warnings
 from pathlib import Path
 from . import __version__
 from .infotext import check_name, read_settings, save_picture
@@ -345,7 +345,8 @@ def learn(
     from sdlearn.adapt.inversion import learn_word, save_word
     from sdlearn.folders import safe_path
     args = learn_parser().parse_args(argv)
-    name = args.output or f"{args.word.strip('<>') or 'word'}.safetensors"
+    bare = re.sub(r'[^\w-]', '', args.word)     # no / that would lead elsewhere
+    name = args.output or f"{bare or 'word'}.safetensors"
     file = safe_path(name)
     if not file.parent.is_dir(): raise ValueError(f"expected a folder that exists for {name!r}")
     pictures, state = _pictures_in(args.folder), file.with_suffix('.state')

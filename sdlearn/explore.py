@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np, torch
 from PIL import Image
 from .attention import attention_maps, token_places, word_map
-from .core import image_grid, as_rgb, images_to_tensor
+from .core import as_rgb, check_number, image_grid, images_to_tensor, whole
 from .denoiser import noise_predictor
 from .fast.decoder import load_small
 from .folders import pocket_path
@@ -130,10 +130,12 @@ def _layout(**kw):
 
 def _whole(name, value, low, high):
     import ipywidgets as w
+    value = check_number(value, name, low, high, whole)
     return w.IntSlider(value, low, high, description=name, **_layout())
 
 def _real(name, value, low, high, step=.1):
     import ipywidgets as w
+    value = check_number(value, name, low, high)
     return w.FloatSlider(value=value, min=low, max=high, step=step, description=name, **_layout())
 
 def _words(name, value, hint=''): # told when Enter is pressed or the field is left
@@ -300,7 +302,9 @@ def words(
     native_size(sd)
     steps, sampler = _way(sd, steps)
     names = [k for k, _ in sd.unet.named_modules() if k.endswith('attn2')]
-    spoken = [*dict.fromkeys(text.replace(',', ' ').replace('.', ' ').split())]
+    plain = read_weights(text)[0].replace(',', ' ').replace('.', ' ')
+    spoken = [*dict.fromkeys(plain.split())]
+    if not spoken: raise ValueError("expected a prompt with a word to look for, got none")
     controls = dict(word=_one_of('word', spoken, spoken[-1]),
                     layer=_one_of('layer', ['all', *names]),
                     step=_whole('step', steps//2, 0, steps-1))

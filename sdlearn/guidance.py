@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .core import check_number, check_tensor, real, whole
+from .schedule import sigma_like
 
 # %% ../nbs/36_guidance.ipynb #4bfa5b10
 def check_scale(
@@ -44,7 +45,7 @@ def cfg(
     noise_pred_uncond:Tensor,
     noise_pred_text:Tensor, # Noise predicted for the prompt, same shape
     # 0: the unconditional answer, 1: the prompt's, more: beyond it.
-    # A number, or a tensor that broadcasts
+    # A number, one per picture (B,), or a tensor that broadcasts
     guidance_scale,
 )->Tensor:                  # Guided noise prediction, same shape
     "Classifier-free guidance (Ho & Salimans 2022, eq. 6, with their w = guidance_scale-1)"
@@ -54,6 +55,7 @@ def cfg(
                          f"got {tuple(noise_pred_uncond.shape)} and "
                          f"{tuple(noise_pred_text.shape)}. Predict both for the same x.")
     scale = check_scale(guidance_scale, several=True)
+    if isinstance(scale, Tensor): scale = sigma_like(scale, noise_pred_text)
     return noise_pred_uncond+scale*(noise_pred_text-noise_pred_uncond)
 
 # %% ../nbs/36_guidance.ipynb #7f26a2ab

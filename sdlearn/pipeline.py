@@ -287,10 +287,15 @@ def as_mask(
 )->Image.Image:       # Grey, only 0 and 255
     "A mask of any kind: bytes, zeros and ones, 16 bits, or a picture with a hole in it"
     im = upright(mask)
-    alpha = np.asarray(im.convert('RGBA').getchannel('A'))
-    if alpha.min()<alpha.max(): hole = 255-alpha
-    else: hole = np.asarray(as_rgb(im).convert('L'))
-    if hole.max()==1: hole = hole*255                # zeros and ones
+    there = np.asarray(im.convert('RGBA').getchannel('A'))>127
+    hole = np.asarray(as_rgb(im).convert('L'))
+    if there.any() and not there.all():
+        paint = hole[there]
+        if paint.max()>=250 and ((paint<=5) | (paint>=250)).all():
+            raise ValueError("expected a mask that says in one way what is redrawn, got white "
+                             "paint on a transparent ground: both mean it. Put it on black.")
+        hole = np.where(there, 0, 255)
+    elif hole.max()==1: hole = hole*255              # zeros and ones
     return Image.fromarray(((hole>127)*255).astype(np.uint8))
 
 def _masks(mask, images): # one PIL mask per picture, of its size

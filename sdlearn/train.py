@@ -8,13 +8,14 @@ __all__ = ['batch_rng', 'save_state', 'load_state', 'one_writer', 'ema_decay', '
 
 # %% ../nbs/91_train.ipynb #08907efe
 import dis, hashlib, math, pickle, struct, time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Callable
 import numpy as np, torch
+from PIL import Image
 from torch import nn
 from .core import as_path, check_number, real, whole, whole_file
 
@@ -264,20 +265,33 @@ def _code_mark(code): # what a function does, the same in a notebook's cell and 
     inner = [c if not isinstance(c, CodeType) else _code_mark(c) for c in code.co_consts]
     return hashlib.sha256(repr((does, code.co_names, inner)).encode()).hexdigest()[:12]
 
+def _parts(x): # what an object is made of; None: nothing that could be told apart
+    if isinstance(x, np.generic): return x.item()
+    if isinstance(x, partial): return [x.func, x.args, x.keywords]
+    if isinstance(x, MethodType): return [x.__func__, x.__self__]
+    if isinstance(x, FunctionType): return [_code_mark(x.__code__), _held(x)]
+    if isinstance(x, (set, frozenset)): return sorted(map(repr, x))
+    if isinstance(x, Image.Image): return [x.mode, np.asarray(x)]
+    if isinstance(x, nn.Module):    # what learns is not its own data
+        return {k: p for k, p in x.named_parameters() if not p.requires_grad}
+    if isinstance(x, type): return None
+    if is_dataclass(x): return {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
+    if type(x).__module__ in ('__main__', 'types'): # of your own class, or a SimpleNamespace
+        does = [f for f in vars(type(x)).values() if isinstance(f, FunctionType)]
+        return [does, getattr(x, '__dict__', {})]
+
 def _mark(x, seen=()):
     if isinstance(x, (torch.Tensor, np.ndarray)): return _tensor_mark(x)
     if isinstance(x, (list, tuple)): return [_mark(v, seen) for v in x]
     if isinstance(x, dict): return {k: _mark(v, seen) for k, v in x.items()}
-    if isinstance(x, partial): return _mark([x.func, x.args, x.keywords], seen)
-    if isinstance(x, FunctionType):
-        if x in seen: return x.__name__
-        return [_code_mark(x.__code__), _mark(_held(x), (*seen, x))]
     if isinstance(x, (int, float, str, type(None))): return x
-    return type(x).__name__
+    parts = None if any(x is s for s in seen) else _parts(x)
+    name = x.__name__ if isinstance(x, FunctionType) else type(x).__name__
+    return name if parts is None else [_mark(parts, (*seen, x))]
 
 def fingerprint(
     x,      # A loss function; or what it holds: tensors, arrays, numbers, strings, containers
-)->str:     # 12 letters that change with code and data, but not with networks: those are trained
+)->str:     # 12 letters that change with code and data, and with networks that are frozen
     "What a loss computes, and from which data"
     return hashlib.sha256(repr(_mark(x)).encode()).hexdigest()[:12]
 
@@ -286,7 +300,7 @@ def _held(fn): # what a function finds outside itself: closed over, by default, 
     named = [fn.__globals__[k] for k in fn.__code__.co_names if k in fn.__globals__]
     kinds = torch.Tensor, np.ndarray, int, float, str, list, tuple, dict
     near = [v for v in named if isinstance(v, kinds) or
-            (isinstance(v, FunctionType) and v.__module__==fn.__module__)]
+            (not isinstance(v, FunctionType) or v.__module__==fn.__module__) and _parts(v)]
     return [cells, fn.__defaults__, fn.__kwdefaults__, near]
 
 _empty = CellType()
