@@ -234,6 +234,7 @@ def main(argv=None):
     p.add_argument('--steps', type=int, default=50)
     p.add_argument('-n', type=int, default=5)
     a = p.parse_args(argv)
+    if a.steps<1 or a.n<1: p.error(f'expected 1 or more of both, got {a.steps} steps, {a.n} rounds')
     print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, '
           f'{torch.get_num_threads()} threads, torch {torch.__version__}, {a.steps} steps, '
           f'{a.n} rounds: median (quartiles)')

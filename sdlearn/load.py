@@ -7,7 +7,7 @@ __all__ = ['scheduler_config', 'model_index', 'load_own', 'SD', 'usable_device',
            'check_folder', 'find_checkpoint', 'pieces', 'pocket_path', 'weights_file']
 
 # %% ../nbs/96_load.ipynb #44ace66e
-import copy, json, os, shutil, threading
+import copy, json, os, shutil, threading, warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +66,10 @@ def _load_piece(cls, folder, variant):
     kind = 'fp16' if '.fp16' in weights_file(folder, variant).name else None
     net, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
                                     variant=kind)
-    missing = [k for k in info['missing_keys'] if 'position_ids' not in k]
+    missing, more = ([k for k in info[f'{what}_keys'] if 'position_ids' not in k]
+                     for what in ('missing', 'unexpected'))
+    if more: warnings.warn(f"{folder.name} has {len(more)} arrays that its config.json does not "
+                           f"name, e.g. {more[0]}: they are left out, and the pictures may differ.")
     if not missing: return net
     raise ValueError(f"expected all weights of {folder.name} in {folder.parent}, but "
                      f"{len(missing)} are missing, e.g. {missing[0]}. "
@@ -206,6 +209,9 @@ def _load_file(file, networks): # one file of SD 1.x; the words are pocket's, wh
 def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
     if path.is_file(): return dict(schedule=replace(SD_V1, prediction_type=predicts(path)))
     said = read_json(path/'scheduler'/'scheduler_config.json')
+    if said.get('_class_name')=='LCMScheduler':
+        warnings.warn("this checkpoint is made for LCMScheduler, which is none of the samplers "
+                      "here: it may draw badly. Draw with diffusers' own pipeline.")
     scale = said.get('_guidance_scale', read_json(path/'pocket.json').get('guidance_scale', 7.5))
     notes = dict(guidance_scale=check_number(scale, 'a guidance_scale in the settings', 0),
                  schedule=read_schedule(said))

@@ -133,7 +133,7 @@ def _prompts(prompt, eps_fn, seed, **asked): # one string per picture
     if said := [k for k, v in dict(prompt=prompt, **asked).items() if v is not None]:
         raise ValueError("expected an eps_fn alone, which has its prompt and guidance inside, "
                          f"got {', '.join(said)} as well")
-    return ['']*(len(seed) if hasattr(seed, '__len__') else 1)
+    return ['']*(len(seed) if np.ndim(seed) else 1)
 
 def _warn_unheard(sd, negative_prompt, guidance_scale):
     scale = sd.guidance_scale if guidance_scale is None else guidance_scale
