@@ -460,6 +460,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sdlearn.fast.student.Made.plan': ('student.html#made.plan', 'sdlearn/fast/student.py'),
                                       'sdlearn.fast.student.Made.settings': ('student.html#made.settings', 'sdlearn/fast/student.py'),
                                       'sdlearn.fast.student._check_paths': ('student.html#_check_paths', 'sdlearn/fast/student.py'),
+                                      'sdlearn.fast.student._path_block': ('student.html#_path_block', 'sdlearn/fast/student.py'),
                                       'sdlearn.fast.student._some': ('student.html#_some', 'sdlearn/fast/student.py'),
                                       'sdlearn.fast.student._write_paths': ('student.html#_write_paths', 'sdlearn/fast/student.py'),
                                       'sdlearn.fast.student.between': ('student.html#between', 'sdlearn/fast/student.py'),

@@ -58,6 +58,7 @@ class FeatureCache:
         self.every = check_number(every, 'every', 1, read=whole)
         self.place = {float(t): i for i, t in enumerate(check_plan(plan).timesteps)}
         self.words = self.quick = self.deep = None
+        self.last = 0.
 
     def full(self,
         t,      # Timestep
@@ -77,7 +78,8 @@ class FeatureCache:
     def __call__(self, x_in, t, text_embeddings):
         if torch.is_grad_enabled(): return self.unet(x_in, t, text_embeddings)
         if text_embeddings is not self.words: self.listen(text_embeddings)
-        if self.full(t) or self.deep is None: return self.quick(x_in, t, text_embeddings)
+        anew, self.last = float(t)>=self.last, float(t)    # a drawing begins with the noisiest
+        if self.full(t) or anew or self.deep is None: return self.quick(x_in, t, text_embeddings)
         return shallow(self.quick, x_in, t, text_embeddings, self.deep)
 
 # %% ../../nbs/54b_cache.ipynb #f559960b

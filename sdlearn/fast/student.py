@@ -21,6 +21,7 @@ from ..folders import write_weights
 from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
+from ..train import fingerprint
 
 # %% ../../nbs/53_student.ipynb #751ac54a
 class Made(NamedTuple):
@@ -194,12 +195,20 @@ def read_student(
     return read_made(said)
 
 # %% ../../nbs/53_student.ipynb #12e3c864
-def _write_paths(file, sd, prompts, seed, made): # one block, whole or not there
+def _write_paths(file, sd, prompts, seed, made, mark): # one block, whole or not there
     emb = embed_prompts(sd.tokenizer, sd.text_encoder, ['']*len(prompts)+prompts).to(sd.dtype)
     noise = seeded_noise((4, latent_side(sd.unet.config), latent_side(sd.unet.config)),
                          [seed+i for i in range(len(prompts))])
     paths = teacher_paths(sd, emb, noise.to(sd.device), made)
-    write_weights(file, dict(paths=paths.half(), words=emb[len(prompts):].half()))
+    write_weights(file, dict(paths=paths.half(), words=emb[len(prompts):].half()),
+                  dict(made_from=json.dumps(mark)))
+
+def _path_block(file, *asked): # asked: the teacher, prompts, the first seed, and `Made`
+    mark = fingerprint([asked[0].unet, *asked[1:]])
+    if not file.exists(): _write_paths(file, *asked, mark)
+    elif read_note(file, 'made_from')!=mark:
+        raise ValueError(f"expected paths of these prompts and this teacher in {file.parent}, got "
+                         "others. Delete it, or choose another folder.")
 
 def write_paths(
     sd,           # `SD` bundle, the teacher; in bfloat16 a CPU is 1.6 times faster
@@ -215,7 +224,7 @@ def write_paths(
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder/f'{k:06}.safetensors': k for k in range(0, len(prompts), bs)}
     for file, k in tqdm(files.items(), 'blocks of paths'):
-        if not file.exists(): _write_paths(file, sd, prompts[k:k+bs], k, made)
+        _path_block(file, sd, prompts[k:k+bs], k, made)
     blocks = [load_file(file) for file in files]
     return tuple(torch.cat([b[k] for b in blocks]) for k in ('paths', 'words'))
 
