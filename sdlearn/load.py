@@ -107,7 +107,8 @@ class SD:
     num_inference_steps:int=30   # Taken where none are asked for
     sampler:str='dpmpp_2m'       # The same
     folded:float=None # A student's: the guidance that is in its weights; it draws as above alone
-    undo:list=field(default_factory=list, init=False) # Takes back what was put on, see `unload`
+    # Takes back what was put on it, see `unload`
+    undo:list=field(default_factory=list, init=False, compare=False)
 
     @property
     def device(self): return next(self.unet.parameters()).device

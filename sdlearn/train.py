@@ -247,9 +247,9 @@ def _check_training(n, seed, lr, precision): # the numbers, as Python has them
 
 # %% ../nbs/91_train.ipynb #1ba0c00a
 def _tensor_mark(x): # shape, kind, and a sample of the numbers
-    flat = x.detach().cpu().flatten() if isinstance(x, torch.Tensor) else x.reshape(-1)
+    flat = x.detach().flatten() if isinstance(x, torch.Tensor) else x.reshape(-1)
     some = flat[::max(1, len(flat)//4096)]
-    some = some.float().numpy() if isinstance(some, torch.Tensor) else np.ascontiguousarray(some)
+    some = some.cpu().float().numpy() if isinstance(x, torch.Tensor) else some.copy()
     return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(some.tobytes()).hexdigest()[:12]}'
 
 _one = dict(LOAD_METHOD='LOAD_ATTR', CALL_METHOD='CALL', CALL_FUNCTION='CALL')

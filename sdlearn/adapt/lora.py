@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable
 import torch
 from torch import Tensor, nn
-from ..core import real, whole
+from ..core import check_number, real, whole
 from ..denoiser import noise_loss
 from ..folders import open_weights, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
@@ -112,7 +112,7 @@ def put_lora(
     if any(isinstance(m, LowRank) for m in network.modules()):
         raise ValueError("expected a network without LowRank layers, got one that has some. "
                          "take_lora(network) takes them off.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_number(seed, 'a seed', 0, read=whole))
     low = {k: LowRank(m, n, alpha, generator) for k, m in lora_layers(network, names).items()}
     network.requires_grad_(False)
     for name, module in low.items(): _put(network, name, module)
@@ -211,6 +211,8 @@ def _go_on_from(pairs, low): # the layers' numbers become those of the pairs
         pair = pairs[f'unet.{k}']
         if pair.down.shape!=m.down.weight.shape:
             raise ValueError(f"expected a start of rank {len(m.down.weight)}, got {pair.rank}")
+        if pair.alpha!=m.alpha:
+            raise ValueError(f"expected a start of alpha {m.alpha:g}, got {pair.alpha:g}")
         m.down.weight.copy_(pair.down)
         m.up.weight.copy_(pair.up)
 
@@ -220,15 +222,16 @@ def learn_lora(
     steps:int=200,            # Optimiser steps
     path=None,                # State file: resumed from when it exists
     rank:int=4,               # Of every change
-    alpha:float=None,         # Strength, divided by the rank; None: the rank
+    alpha:float=None,         # Strength, divided by the rank; None: the start's, or the rank
     names=attention_names,    # How the names of the wanted layers end
     start:dict=None,          # What was learned before, to go on from; None: nothing
     # lr, seed, warmup, ema, preview, progress ...: as in `fit`. 4e-3 suits pocket, SD v1 wants 1e-4
     **settings,
 )->dict:                      # 'unet.<name of a layer>' -> `Pair`
     "Train low-rank changes of the attention layers, and nothing else"
+    if start and alpha is None: alpha = next(iter(start.values())).alpha
     # what is told here is compared when a run is resumed
-    def loss(net, g, told=(rank, alpha, [*names])): return loss_fn(net, g)
+    def loss(net, g, told=(rank, alpha, [*names], start, unet)): return loss_fn(net, g)
     with learning(unet, False):
         low = put_lora(unet, rank, alpha, names, seed=settings.get('seed', 0))
         try:
