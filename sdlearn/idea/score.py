@@ -200,8 +200,9 @@ def train_classifier(
     check_pictures(x)
     if y.min()<0 or y.max()>=classes:
         raise ValueError(f"expected classes 0..{classes-1}, got {y.min()}..{y.max()}")
-    torch.manual_seed(seed)
-    net = Classifier(classes)
+    with torch.random.fork_rng(devices=[]):      # the reader's random numbers stay as they are
+        torch.manual_seed(seed)
+        net = Classifier(classes)
     def loss(net, g):
         i = torch.randint(len(x), (128,), generator=g)
         return F.cross_entropy(net(shift(x[i], g)), y[i])
