@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType
+from types import (BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType,
+                   ModuleType)
 from typing import Callable
 import numpy as np, torch
 from PIL import Image
@@ -276,7 +277,7 @@ def _parts(x): # what an object is made of; None: nothing that could be told apa
         return {k: p for k, p in x.named_parameters() if not p.requires_grad}
     if isinstance(x, type): return None
     if is_dataclass(x): return {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
-    if _own(x):
+    if type(x).__module__ in ('__main__', 'types'): # of your own class, or a SimpleNamespace
         does = [f for f in vars(type(x)).values() if isinstance(f, FunctionType)]
         return [does, getattr(x, '__dict__', {})]
 
@@ -295,19 +296,11 @@ def fingerprint(
     "What a loss computes, and from which data"
     return hashlib.sha256(repr(_mark(x)).encode()).hexdigest()[:12]
 
-_data = (torch.Tensor, np.ndarray, np.generic, int, float, str, list, tuple, dict, set, frozenset,
-         partial, MethodType, Image.Image, nn.Module)
-
-def _own(x): # of your own class, or a SimpleNamespace
-    return type(x).__module__ in ('__main__', 'types') and not isinstance(x, FunctionType)
-
-def _is_data(x):
-    return isinstance(x, _data) or not isinstance(x, type) and (is_dataclass(x) or _own(x))
-
 def _held(fn): # what a function finds outside itself: closed over, by default, or global
     cells = [c.cell_contents for c in fn.__closure__ or () if c!=_empty]
     named = [fn.__globals__[k] for k in fn.__code__.co_names if k in fn.__globals__]
-    near = [v for v in named if _is_data(v)
+    tools = ModuleType, BuiltinFunctionType, type     # not data, and not of this training alone
+    near = [v for v in named if not isinstance(v, (*tools, FunctionType))
             or isinstance(v, FunctionType) and v.__module__==fn.__module__]
     return [cells, fn.__defaults__, fn.__kwdefaults__, near]
 
