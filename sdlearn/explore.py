@@ -36,6 +36,7 @@ class Painter:
     ):
         self.draw, self.show, self.complain = draw, show, complain
         self.rest = rest
+        self.threads = torch.get_num_threads()
         self.lock = threading.Lock()
         self.news = threading.Event()    # something else has been asked
         self.wanted = self.thread = None
@@ -56,7 +57,9 @@ class Painter:
             if asked is None: self.thread = None
             return asked
     def _work(self):
+        torch.set_num_threads(max(1, self.threads//2))
         while (asked := self._next()) is not None: self._paint(asked)
+        torch.set_num_threads(self.threads)    # new threads ask for the last number set
     @torch.no_grad()
     def _paint(self, asked):
         try:
