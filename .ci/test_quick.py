@@ -1359,6 +1359,22 @@ def test_one_file_of_the_first_code_is_read(tmp_path, monkeypatch, networks):
         again = load.load_sd(tmp_path/f'folder-{kind}', networks='own')
         assert again.schedule.prediction_type==kind and again.unet.config.cross_attention_dim==12
 
+def test_loading_takes_none_of_the_readers_random_numbers():
+    from sdlearn import judge
+    from sdlearn.fast.decoder import load_small
+    from sdlearn.fast.guided import GuidedUNet
+    from sdlearn.load import load_sd
+    from sdlearn.pocket.recipe import new_networks
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    sd = load_sd(networks='own', fast=True)
+    judge._read_clip.cache_clear()
+    judge.load_clip(), load_small(), new_networks(7)
+    assert not GuidedUNet(sd.unet).cond_proj.weight.any()
+    for net in (sd.unet, sd.vae, sd.text_encoder): assert {p.device.type for p in net.parameters()}=={'cpu'}
+    assert torch.equal(torch.rand(3), expected)
+
 def test_parts_of_large_weights_are_put_together(tmp_path):
     from safetensors.torch import load_file, save_file
     from sdlearn.load import load_sd, pocket_path
@@ -2627,7 +2643,7 @@ def test_what_is_no_lesson_for_a_word(bundles):
     with pytest.raises(ValueError, match='one token'): learn(start='xylophonist')
     with pytest.raises(ValueError, match='all zeros'): learn(start='person')
     for n in (0, -1, True, 1.5):
-        with pytest.raises(ValueError, match='1 vector'): learn(vectors=n)
+        with pytest.raises(ValueError, match='vectors'): learn(vectors=n)
     for captions in (['a {}'], ['a {}', 'a fox'], 'a {}'):
         with pytest.raises(ValueError, match='caption'): learn(captions=captions)
     with pytest.warns(UserWarning, match='one picture'): learn([im])

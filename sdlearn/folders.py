@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from .configs import check_model, sd_v1
-from .core import as_path, whole_file
+from .core import as_folder, as_path, whole_file
 
 # %% ../nbs/95_folders.ipynb #dc5f4101
 def pocket_path()->Path: # The folder of the checkpoint that comes with the package
@@ -54,7 +54,7 @@ def write_weights(
     from safetensors.torch import save_file
     file = safe_path(file)
     arrays = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
+    as_folder(file.parent)
     whole_file(file, lambda part: save_file(arrays, part, dict(notes or {}, format='pt')))
     return file
 

@@ -16,7 +16,7 @@ from .core import as_path, check_number, images_to_tensor, whole
 from .idea.contrast import ImageEncoder
 from .load import load_own, pocket_path
 from .text import TextEncoder, encode_tokens
-from .tokenizer import Tokenizer, tokenize
+from .tokenizer import Tokenizer, read_weights, tokenize
 
 # %% ../nbs/62_judge.ipynb #e7553cc5
 class Clip(nn.Module):
@@ -52,9 +52,10 @@ def _stamps(folder): # when each file was written, and its size: other numbers w
     return tuple(f.st_mtime_ns for f in files), tuple(f.st_size for f in files)
 
 def _image_encoder(folder, state):
-    net = ImageEncoder(**json.loads((folder/'config.json').read_text(encoding='utf8')))
-    net.load_state_dict({k.removeprefix('image.'): v
-                         for k, v in state.items() if k.startswith('image.')})
+    with torch.device('meta'):     # no numbers yet
+        net = ImageEncoder(**json.loads((folder/'config.json').read_text(encoding='utf8')))
+    net.load_state_dict({k.removeprefix('image.'): v for k, v in state.items()
+                         if k.startswith('image.')}, assign=True)
     return net
 
 @lru_cache(8)
@@ -75,14 +76,17 @@ def load_clip(
         raise ValueError(f"expected a checkpoint folder with clip/, which pocket has, got {folder}")
     return _read_clip(str(folder), *_stamps(folder))
 
+def _unweighted(text): return read_weights(text)[0] if isinstance(text, str) else text
+
 @torch.no_grad()
 def scores(
     images,        # PIL pictures
-    texts:list,    # Strings
+    texts:list,    # Strings; the weight in `(red:1.3)` is left out
     path=None,     # A checkpoint folder; pocket when missing
 )->torch.Tensor:   # (n_images, n_texts) cosine similarities
     "What does pocket's CLIP see?"
     clip = load_clip(path)
+    if isinstance(texts, (list, tuple)): texts = [_unweighted(t) for t in texts]
     return clip.image_features(images_to_tensor(images))@clip.text_features(texts).T
 
 # %% ../nbs/62_judge.ipynb #731ac1ca

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .adapt.inversion import new_words
 from .configs import latent_side
-from .core import as_path, generator_of, whole_file
+from .core import as_folder, as_path, generator_of, whole_file
 from .fast.export import need, parts, write_onnx
 from .folders import pocket_path
 from .pipeline import plan_for
@@ -83,8 +83,7 @@ def write_networks(
     if sd.dtype!=torch.float32 or sd.device.type!='cpu':
         raise ValueError(f"expected networks in float32 on the CPU, got {sd.dtype} on {sd.device}. "
                          "Try sd.to('cpu', torch.float32).")
-    folder, found = as_path(folder, 'a folder'), parts(sd)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, found = as_folder(folder), parts(sd)
     words, ids, said = found['text_encoder']
     found['text_encoder'] = few_words(words), ids, said
     if small is not None: found['sketch'] = small.decoder, *found['decoder'][1:]
@@ -206,9 +205,8 @@ def write_page(
     runtime=None,      # .tgz of onnxruntime-web; None: npm fetches it; False: leave it out
 )->Path:               # The folder, which any web server can serve
     "A page that draws with this checkpoint in the reader's browser"
-    folder, sketch = as_path(folder, 'a folder'), 'decoder' if small is None else 'sketch'
-    said = page_settings(sd, prompt, seed, sketch)
-    folder.mkdir(parents=True, exist_ok=True)
+    said = page_settings(sd, prompt, seed, 'decoder' if small is None else 'sketch')
+    folder = as_folder(folder)
     if runtime is not False: _add_runtime(folder, runtime)
     write_networks(sd, folder, small)
     for file in web_path().iterdir(): shutil.copy(file, folder)

@@ -18,7 +18,7 @@ from typing import Callable
 import numpy as np, torch
 from PIL import Image
 from torch import nn
-from .core import as_path, check_number, real, whole, whole_file
+from .core import as_folder, as_path, check_number, real, whole, whole_file
 
 # %% ../nbs/91_train.ipynb #3d06d697
 def batch_rng(
@@ -36,7 +36,7 @@ def save_state(
     path,        # File; replaced in one move, so a kill leaves the old file or the new one
 ):
     "Write a training state atomically"
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    as_folder(Path(path).parent)
     whole_file(path, lambda part: torch.save(state, part))
 
 def load_state(
@@ -58,9 +58,7 @@ def one_writer(
         yield
         return
     from filelock import FileLock, Timeout
-    try: Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise OSError(f"expected a place to write {path}, but: {e.strerror}.") from None
+    as_folder(Path(path).parent)
     lock = FileLock(f'{path}.lock')
     try: lock.acquire(timeout=0)
     except Timeout:

@@ -55,7 +55,9 @@ def name_pictures(
     path=None,                     # A checkpoint folder with `clip/`; pocket when missing
 )->list:                           # One of the names for each picture
     "Caption by retrieval: whose sentence lies nearest to the picture? (Radford et al. 2021, 3.1)"
-    names = list(names)
+    names = [names] if isinstance(names, str) or not hasattr(names, '__iter__') else [*names]
+    if odd := [n for n in names if not isinstance(n, str)]:
+        raise ValueError(f"expected names that are strings, got {odd[0]!r}")
     if '{}' not in template:
         raise ValueError("expected a sentence with {} in it, where the name goes, "
                          f"got {template!r}. 'a picture of {{}}' is one.")
@@ -109,8 +111,9 @@ def encode_pictures(
 # %% ../../nbs/43_finetune.ipynb #6879cccb
 def _check_look(pictures, captions, own):
     for some, said in ((pictures, captions), own):
-        if isinstance(said, str) or len(some)!=len(said):
-            got = repr(said) if isinstance(said, str) else len(said)
+        listed = isinstance(said, (list, tuple)) and all(isinstance(c, str) for c in said)
+        if not listed or len(some)!=len(said):
+            got = len(said) if listed else repr(said)
             raise ValueError(f"expected a caption for each of {len(some)} pictures, got {got}")
         if odd := [p for p in some if not isinstance(p, Image.Image)]:
             raise ValueError(f"expected PIL pictures, got {type(odd[0]).__name__}. "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from PIL import Image
 from .inversion import encoded
 from .lora import learn_lora, lora_loss, merge_lora, read_lora
-from ..core import as_path, check_tensor, real
+from ..core import as_folder, check_tensor, real
 from ..folders import open_weights, safe_path, write_weights
 from ..pipeline import encode_prompt, generate_with_embs
 from ..train import fit, learning
@@ -92,8 +92,7 @@ def _two(numbers, name): # one for the words, one for the network
 
 def _states(folder): # a file for each of the two trainings
     if folder is None: return None, None
-    folder = as_path(folder, 'a folder')
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_folder(folder)
     return folder/'words.pt', folder/'lora.pt'
 
 def learn_edit(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn, Tensor
 from ..configs import latent_side
-from ..core import as_path, as_rgb, images_to_tensor, noise_like, whole
+from ..core import as_path, as_rgb, check_number, images_to_tensor, noise_like, whole
 from ..denoiser import noise_loss, predict_noise
 from ..folders import open_weights, read_json, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, sigma_at
@@ -308,7 +308,9 @@ def _check_lesson(pictures, captions):
     if len(pictures)==1:
         warnings.warn("a word learned from one picture is that picture: its view and background "
                       "too. Three to five are better.")
-    if captions and (len(captions)!=len(pictures) or not all('{}' in c for c in captions)):
+    if captions is None: return
+    listed = isinstance(captions, (list, tuple)) and len(captions)==len(pictures)
+    if not listed or not all(isinstance(c, str) and '{}' in c for c in captions):
         raise ValueError("expected a caption with {} in it, where the word goes, for each of "
                          f"{len(pictures)} pictures, got {captions!r}")
 
@@ -329,7 +331,10 @@ def encoded(
     sd,            # Anything with `vae` and `unet`
     pictures:list, # PIL pictures, of any size and mode: the middle square is taken
 )->Tensor:         # (P,4,h,w) latents, float32
-    "Pictures as the UNet sees them"
+    "Pictures as the UNet sees them, to train on"
+    if getattr(sd, 'folded', None) is not None:
+        raise ValueError("expected a checkpoint of many steps, got a student of few, which a "
+                         "training on any amount of noise would undo. Take load_sd() without fast.")
     side = 8*latent_side(sd.unet.config)
     pixels = images_to_tensor([square(p, side) for p in pictures])
     return encode(sd.vae, pixels.to(next(sd.vae.parameters()))).float()
@@ -350,7 +355,8 @@ def learn_word(
 )->tuple:             # ((vectors,D) the word, loss of every step)
     "A new word from a few pictures (Gal et al. 2022); `save_word` and `sd.load_word` do the rest"
     _check_lesson(pictures, captions)
-    if (whole(vectors) or 0)<1: raise ValueError(f"expected 1 vector or more, got {vectors!r}")
+    check_number(vectors, 'vectors', 1, read=whole)
+    check_number(batch, 'batch', 1, read=whole)
     check_token(sd.tokenizer, token)
     start = start_rows(sd, start_word, vectors)
     latents = encoded(sd, pictures)

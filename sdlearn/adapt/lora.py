@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from ..core import check_number, real, whole
 from ..denoiser import noise_loss
 from ..folders import open_weights, safe_path, write_weights
@@ -55,13 +56,14 @@ def full_change(
     return (up.flatten(1)@down.flatten(1)).reshape(like.shape)
 
 def _thin(layer, rank, generator): # down and up
+    def new(kind, *how): return skip_init(kind, *how, bias=False)  # its numbers are drawn below
     if isinstance(layer, nn.Linear):
-        down = nn.Linear(layer.in_features, rank, bias=False)
-        up = nn.Linear(rank, layer.out_features, bias=False)
+        down = new(nn.Linear, layer.in_features, rank)
+        up = new(nn.Linear, rank, layer.out_features)
     else:
-        down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding,
-                         layer.dilation, bias=False)
-        up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        down = new(nn.Conv2d, layer.in_channels, rank, layer.kernel_size, layer.stride,
+                   layer.padding, layer.dilation)
+        up = new(nn.Conv2d, rank, layer.out_channels, 1)
     std = down.weight[0].numel()**-.5         # what comes out is about as large as what goes in
     nn.init.normal_(down.weight, std=std, generator=generator)
     nn.init.zeros_(up.weight)

@@ -18,7 +18,7 @@ from .dreambooth import drift, encode_pairs, learn_all, learn_dreambooth
 from .imagic import learn_edit, save_edit
 from .inversion import add_words, learn_word, save_word
 from .lora import learn_lora, lora_loss, merge_lora, save_lora
-from ..core import as_path, image_grid, images_to_tensor, whole_file
+from ..core import as_folder, as_path, image_grid, images_to_tensor, whole_file
 from ..folders import read_json, write_weights
 from ..judge import load_clip, pixel_features
 from ..load import load_sd
@@ -280,8 +280,7 @@ def study(
     names=tuple(five), # Subjects
 )->dict:               # 'moose-0' -> way -> what was counted
     "Five subjects, three seeds, every way; goes on where it was stopped"
-    folder, known, sd = as_path(folder, 'a folder'), None, load_sd(networks='own')
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, known, sd = as_folder(folder), None, load_sd(networks='own')
     for name, seed in [(name, seed) for seed in seeds for name in names]:
         if (file := folder/f'{name}-{seed}.json').exists(): continue
         known = known or seen_known()

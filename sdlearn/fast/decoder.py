@@ -172,8 +172,9 @@ def load_small(
     if not (folder/'config.json').exists():
         raise ValueError(f"expected a folder with a config.json of AutoencoderTiny, got "
                          f"{folder.name!r}, which has none. Without a path, pocket's is loaded.")
-    net, state = TinyVAE(read_json(folder/'config.json')), load_file(weights_file(folder))
-    try: net.load_state_dict(state)
+    with torch.device('meta'): net = TinyVAE(read_json(folder/'config.json'))  # no numbers yet
+    state = {k: v.float() for k, v in load_file(weights_file(folder)).items()}
+    try: net.load_state_dict(state, assign=True)
     except RuntimeError:
         raise ValueError(f"expected weights that fit {folder.name}/config.json, got "
                          "others. Are they of another network?") from None

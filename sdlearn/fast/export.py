@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from ..configs import latent_side
-from ..core import as_path, check_number, whole, whole_file
+from ..core import as_folder, as_path, check_number, whole, whole_file
 from ..text import text_core
 from ..unet import check_shapes
 from ..vae import VAE
@@ -88,10 +88,9 @@ def export_onnx(
 )->dict:             # 'unet', 'text_encoder', 'decoder' -> the file's path
     "A checkpoint's networks as ONNX files, which other programs run"
     batch = check_number(batch, 'batch', 1, read=whole)
-    folder = as_path(folder, 'a folder')
     if sd.dtype!=torch.float32:
         raise ValueError(f"expected networks in float32, got {sd.dtype}. Try sd.to(torch.float32).")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_folder(folder)
     files = {name: folder/f'{name}.onnx' for name in ('unet', 'text_encoder', 'decoder')}
     for name, (net, inputs, output) in parts(sd, batch).items():
         write_onnx(files[name], net, inputs, output)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from ..adapt.lora import LowRank, ask_network
 from ..core import check_number, check_tensor, real
 from ..denoiser import as_noise, noise_predictor
@@ -63,7 +64,8 @@ class GuidedUNet(nn.Module):
                              "already. network.at(scale) is a plain one.")
         self.network, self.scales, self.dim = network, check_scales(scales), dim
         weight = _first_layer(network).weight
-        self.cond_proj = nn.Linear(dim, weight.shape[1], bias=False, device=weight.device)
+        self.cond_proj = skip_init(nn.Linear, dim, weight.shape[1], bias=False,
+                                   device=weight.device)
         nn.init.zeros_(self.cond_proj.weight)
 
     @property

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from ..adapt.lora import all_layers, ask_network, learn_lora, read_note, save_lora
 from ..configs import latent_side
-from ..core import as_path, check_number, seeded_noise, whole
+from ..core import as_folder, as_path, check_number, seeded_noise, whole
 from ..denoiser import noise_predictor
-from ..folders import write_weights
+from ..folders import safe_path, write_weights
 from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
@@ -220,8 +220,7 @@ def write_paths(
     "Draw all that a student learns from, or read what is there already; path i has seed i"
     from safetensors.torch import load_file
     from tqdm.auto import tqdm
-    folder = as_path(folder, 'a folder')
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_folder(folder)
     files = {folder/f'{k:06}.safetensors': k for k in range(0, len(prompts), bs)}
     for file, k in tqdm(files.items(), 'blocks of paths'):
         _path_block(file, sd, prompts[k:k+bs], k, made)
@@ -238,7 +237,9 @@ def train_student(
     rank:int=24,   # Of its LoRA
 )->Path:           # `out`
     "Paths, single steps, whole paths, one file"
-    run, plan, names = as_path(run, 'a folder'), made.plan(sd.schedule), student_layers(sd.unet)
+    run, out = as_path(run, 'a folder'), safe_path(out)
+    if not prompts: raise ValueError("expected prompts to draw paths for, got none")
+    plan, names = made.plan(sd.schedule), student_layers(sd.unet)
     teacher = replace(sd, unet=copy.deepcopy(sd.unet).bfloat16())
     data = write_paths(teacher, prompts, run/'paths', made)
     how = dict(rank=rank, names=names, warmup=50, decay=True, ema=.99, weight_decay=0.)

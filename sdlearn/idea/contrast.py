@@ -42,6 +42,9 @@ class ImageEncoder(nn.Module):
     def forward(self,
         image:torch.Tensor, # (B,3,H,W) in -1..1
     )->torch.Tensor:        # (B,dim), unit length
+        if len({*image.shape[-2:]})>1:
+            raise ValueError("expected square pictures, got some of "
+                             f"{image.shape[-1]}x{image.shape[-2]} pixels. Cut a square out.")
         if image.shape[-1]!=self.side:
             image = F.interpolate(image, (self.side, self.side), mode='area')
         return F.normalize(self.head(self.body(image).flatten(1)), dim=-1)

@@ -14,7 +14,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from ..core import tensor_to_images
+from ..core import seeded, tensor_to_images
 from ..train import fit
 
 # %% ../../nbs/20_score.ipynb #3c5ed545
@@ -200,9 +200,7 @@ def train_classifier(
     check_pictures(x)
     if y.min()<0 or y.max()>=classes:
         raise ValueError(f"expected classes 0..{classes-1}, got {y.min()}..{y.max()}")
-    with torch.random.fork_rng(devices=[]):      # the reader's random numbers stay as they are
-        torch.manual_seed(seed)
-        net = Classifier(classes)
+    with seeded(seed): net = Classifier(classes)
     def loss(net, g):
         i = torch.randint(len(x), (128,), generator=g)
         return F.cross_entropy(net(shift(x[i], g)), y[i])

@@ -78,6 +78,8 @@ def subjects(
     n:int=None,  # Only the first `n`: the first 120 are trained most often (all if None)
 )->list:         # Names, one per subject; any of its other names can be used too
     "The subjects that training draws, by their first name"
+    from sdlearn.core import check_number, whole    # which brings torch along
+    if n is not None: n = check_number(n, 'n', 0, read=whole)
     return [s.names[0] for s in _all() if not s.unseen][:n]
 
 def unseen()->list: # Names
@@ -121,7 +123,7 @@ def find_design(
 )->int:              # Its number, 0 for the first
     "Which of a subject's drawings is meant?"
     known = dict(zip(subject.designs, range(len(subject.designs))))
-    if design in known: return known[design]
+    if isinstance(design, str) and design in known: return known[design]
     if design in known.values() and not isinstance(design, bool): return int(design)
     raise ValueError(f"expected a design of {subject.names[0]}, 0 to {len(known)-1} or one of "
                      f"{', '.join(known)}, got {design!r}")

@@ -10,6 +10,7 @@ __all__ = ['styles', 'colorless', 'backgrounds', 'sizes', 'places', 'counts', 'r
 import re
 from dataclasses import dataclass, fields
 import numpy as np
+from ..core import check_number, whole
 from .atlas import find, find_design, nearest, spelled
 from .looks import colors
 
@@ -105,6 +106,8 @@ class Scene:
         for name in ('subject', 'other'):
             if getattr(self, name): self._set(name, spelled(getattr(self, name)))
         if self.relation: self._set('relation', _meant[self.relation])
+        self._set('count', whole(self.count))
+        if self.seed is not None: self._set('seed', check_number(self.seed, 'seed', 0, read=whole))
 
     def _set(self, field, value): object.__setattr__(self, field, value)
 
@@ -118,13 +121,14 @@ def _check_words(scene):
                  relation=_meant, other_color=colors)
     for what, words in known.items():
         word = getattr(scene, what)
-        if word not in words and (word is not None or what in ('style', 'background')):
+        if word is None and what not in ('style', 'background'): continue
+        if not isinstance(word, str) or word not in words:
             raise ValueError(f"expected a {what}, got {word!r}. {nearest(word, words)}")
 
 def _check_subjects(scene):
     who = find(scene.subject)
     if scene.design is not None: find_design(who, scene.design)
-    if bool(scene.relation)!=bool(scene.other):
+    if (scene.relation is None)!=(scene.other is None):
         raise ValueError("expected a relation and a second subject, or neither, "
                          f"got relation={scene.relation!r}, other={scene.other!r}")
     if scene.other_color and not scene.other:
@@ -133,7 +137,7 @@ def _check_subjects(scene):
         raise ValueError(f"expected two different subjects, got {scene.other!r} twice; try count=2")
 
 def _check_count(scene):
-    if isinstance(scene.count, bool) or scene.count not in (1, *counts):
+    if whole(scene.count) not in (1, *counts):
         raise ValueError(f"expected a count of 1 to {max(counts)}, got {scene.count!r}: "
                          "training draws no more")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from ..core import seeded
 from ..denoiser import predict_noise, predict_x0
 from ..idea.autoencoder import kl
 from .pictures import batch_of, picks, processes, step_of, usable
@@ -132,7 +133,6 @@ def train_vae(
     **kw,        # To `fit`
 )->list:         # Loss of every step; the latents are not yet scaled
     "Train the autoencoder in place"
-    torch.manual_seed(0)
     net = hasten(VAELoss(vae), compiled)
     losses = fit(net, vae_batch(data, steps, bs), steps, path, **dict(lr=1.2e-3)|kw)
     vae.eval()
@@ -342,9 +342,9 @@ def train_decoder(
     **settings,          # lr, warmup, decay, ema, ...: `train_steps`
 )->list:                 # Loss of every step of the decoder
     "Train the decoder alone, from some step on against a critic; resumed from `path`"
-    torch.manual_seed(0)
     here, how = processes(), dict(lr=4e-4)|settings
-    half, critic = Decode(vae).requires_grad_(True).to(here.device), Critic().to(here.device)
+    with seeded(0): critic = Critic().to(here.device)
+    half = Decode(vae).requires_grad_(True).to(here.device)
     mark = fingerprint([fingerprint(draw), steps, [f'{k} {v}' for k, v in how.items()]])
     losses = two_losses(half, critic, draw, steps)
     with one_writer(path if here.is_main_process else None):

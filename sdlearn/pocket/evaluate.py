@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from functools import lru_cache
 import numpy as np, torch
 from torch.nn import functional as F
-from ..core import as_path, image_grid, images_to_tensor
+from ..core import as_folder, check_number, image_grid, images_to_tensor, whole
 from ..fast.student import train_student
 from ..idea.autoencoder import psnr
 from ..judge import load_clip, pixel_features, share
@@ -439,8 +439,6 @@ def plot_page(
 
 def _write_out(folder, m, sheets):
     import matplotlib.pyplot as plt
-    folder = as_path(folder, 'a folder')
-    folder.mkdir(parents=True, exist_ok=True)
     for name, images in sheets.items():
         columns = {'seeds': 3, 'guidance': len(images)//len(guidance_scales)}.get(name, 8)
         image_grid(images, cols=columns).save(folder/f"{name.replace(', ', '-')}.png")
@@ -451,19 +449,25 @@ def _write_out(folder, m, sheets):
 
 def evaluate(
     path=None,                  # A checkpoint folder; pocket when missing
-    num_inference_steps:int=20, # As in `txt2img`
+    num_inference_steps:int=None, # As in `txt2img`; 20 when missing
     guidance_scale:float=None,  # What the checkpoint recommends when missing
-    sampler:str='dpmpp_2m',     # As in `txt2img`
+    sampler:str=None,           # As in `txt2img`; 'dpmpp_2m' when missing
     n:dict=many,                # Pictures of each kind: `many`, `few`, or your own
     out=None,                   # Folder that gets contact sheets and a page of plots
     fast=False,                 # Of its student, which has steps, scale and sampler of its own
 )->dict:                        # The numbers of the model card
     "Measure a checkpoint: run this before its weights are replaced"
     from tqdm.auto import tqdm
+    if lost := [k for k in few if k not in n]:
+        raise ValueError(f"expected numbers of pictures for {', '.join(few)}, got none for "
+                         f"{', '.join(lost)}. Start from few: few|dict({lost[0]}=...).")
+    if out: out = as_folder(out)
     sd, start = load_sd(path, networks='own', fast=fast), time.time()
-    kw = dict(num_inference_steps=num_inference_steps, sampler=sampler,
-              guidance_scale=sd.guidance_scale if guidance_scale is None else guidance_scale)
-    if fast: kw = {k: getattr(sd, k) for k in kw}
+    asked = dict(num_inference_steps=num_inference_steps, sampler=sampler,
+                 guidance_scale=guidance_scale)
+    usual = dict(num_inference_steps=20, sampler='dpmpp_2m', guidance_scale=sd.guidance_scale)
+    if sd.folded is not None: usual = {k: getattr(sd, k) for k in usual}
+    kw = usual|{k: v for k, v in asked.items() if v is not None}
     with tqdm(total=_pictures(n), desc='drawing') as bar:
         m, sheets = _measure(sd, n, bar=bar, **kw)
     m = dict(settings=kw, minutes=round((time.time()-start)/60, 1))|m
@@ -490,9 +494,9 @@ def _evaluate_options(add):
     add('--keep', action='store_true', help='write the numbers into pocket.json and the card')
     add('--out', metavar='FOLDER', help='gets contact sheets and a page of plots')
     add('--fast', action='store_true', help='measure the student of few steps')
-    add('--steps', type=int, default=20)
-    add('--guidance', type=float)
-    add('--sampler', default='dpmpp_2m')
+    add('--steps', type=int, help='20 when missing')
+    add('--guidance', type=float, help="the checkpoint's when missing")
+    add('--sampler', help='dpmpp_2m when missing')
 
 def _student_options(add):
     add('--run', default='runs/student', help='folder for paths and states; resumed from it')
@@ -541,6 +545,7 @@ def student_prompts(
             for i in range(n)]
 
 def _student(a):
+    check_number(a.paths, '--paths', 1, read=whole)
     sd = load_sd(networks='own')
     print(train_student(sd, student_prompts(a.paths), a.run, a.out, a.steps))
 

@@ -13,7 +13,7 @@ from os import cpu_count
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
-from ..core import whole_file
+from ..core import as_folder, whole_file
 from .atlas import version
 from .scenes import caption, draw, scene
 from ..train import fingerprint
@@ -92,11 +92,10 @@ class Pictures:
         block:int=2000,  # Pictures in a file
         side:int=128,    # Pixels
     ):
-        self.folder, self.block, self.side = Path(folder), block, side
+        self.folder, self.block, self.side = as_folder(folder), block, side
         self.made = dict(count=count, block=block, side=side, drawn=drawing_mark())
         self.mark = fingerprint(self.made)
         self.workers, self.mapped = [], {}
-        self.folder.mkdir(parents=True, exist_ok=True)
     def __len__(self): return self.made['count']
     def __getitem__(self,
         idx,            # Numbers of pictures, in any order

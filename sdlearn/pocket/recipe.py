@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..configs import read_config, text_config, unet_config, vae_config
-from ..core import as_path, image_grid, seeded_noise, tensor_to_images, whole_file
+from ..core import (as_folder, as_path, image_grid, seeded, seeded_noise,
+                          tensor_to_images, whole_file)
 from ..denoiser import noise_loss, noise_predictor, predict_noise
 from ..folders import pocket_path, read_json
 from ..idea.contrast import ImageEncoder, contrastive_loss
@@ -84,11 +85,11 @@ def new_networks(
     seed:int=0, # Decides on all weights
 )->tuple:       # `VAE`, `Pair`, `UNet`
     "Random networks in pocket's layout"
-    torch.manual_seed(seed)
-    vae, unet = VAE(config_of('vae')), UNet(config_of('unet'))
-    pair = Pair(TextEncoder(config_of('text_encoder')), ImageEncoder(**config_of('clip')))
-    for name, p in pair.named_parameters():
-        if p.ndim==2 and 'image' not in name: nn.init.normal_(p, std=_spread(name, p))
+    with seeded(seed):
+        vae, unet = VAE(config_of('vae')), UNet(config_of('unet'))
+        pair = Pair(TextEncoder(config_of('text_encoder')), ImageEncoder(**config_of('clip')))
+        for name, p in pair.named_parameters():
+            if p.ndim==2 and 'image' not in name: nn.init.normal_(p, std=_spread(name, p))
     return vae, pair, unet
 
 def _spread(name, p): # std of new weights: of a token, of a place, of a layer
@@ -323,7 +324,7 @@ def claim(
     if odd:
         raise ValueError(f"expected {run} to hold a run of this recipe, got another: "
                          f"{', '.join(odd)}. Delete it, or choose another folder.")
-    run.mkdir(parents=True, exist_ok=True)
+    as_folder(run)
     if processes().is_main_process:
         whole_file(file, lambda part: part.write_text(json.dumps(said), encoding='utf8'))
 

@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import replace
 import numpy as np
 from PIL import Image
+from ..core import check_number, whole
 from .atlas import core, cutout, find, nearest, subjects
 from .backdrops import backdrop, picture_side, tinge
 from .captions import (Scene, backgrounds, caption, colorless, counts, partners,
@@ -258,7 +259,7 @@ def scene(
     i:int, # Number of the scene: the same number, the same scene
 )->Scene:  # With a seed; never held out
     "Draw a scene to train on: of 100, 70 of one subject, 6 of several, 24 of two in relation"
-    rng = np.random.default_rng(i)
+    rng = np.random.default_rng(check_number(i, 'the number of a scene', 0, read=whole))
     while True:
         kind = rng.random()
         how = _single(rng, kind) if kind<.70 else _several(rng) if kind<.76 else _pair(rng)
