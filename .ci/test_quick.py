@@ -1373,6 +1373,8 @@ def test_loading_takes_none_of_the_readers_random_numbers():
     judge.load_clip(), load_small(), new_networks(7)
     assert not GuidedUNet(sd.unet).cond_proj.weight.any()
     for net in (sd.unet, sd.vae, sd.text_encoder): assert {p.device.type for p in net.parameters()}=={'cpu'}
+    for net in (sd.unet, sd.vae.decoder, load_small()):     # their weights lie as convolutions want them
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in net.parameters() if p.ndim==4)
     assert torch.equal(torch.rand(3), expected)
 
 def test_parts_of_large_weights_are_put_together(tmp_path):

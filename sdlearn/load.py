@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from .adapt.inversion import add_words, read_words, with_words, write_words
 from .configs import latent_side, sd_v1
-from .core import as_path, check_number
+from .core import as_path, blank, check_number
 from .folders import (check_folder, find_checkpoint, pieces, pocket_path, predicts,
                              read_json, split_file, weights_file, weights_files, write_weights)
 from .schedule import SD_V1, Schedule, read_schedule
@@ -31,21 +31,18 @@ _all_ = ['check_folder', 'find_checkpoint', 'pieces', 'pocket_path', 'weights_fi
 
 # %% ../nbs/96_load.ipynb #08b4715a
 def _fill(net, state, where): # every name and shape must fit
-    state = {k: v.to(torch.float32, copy=True) for k, v in state.items()}
+    state = {k: v.float() for k, v in state.items()}
     if any('position_embedding' in k for k in state): # a text encoder: two ways to name it
         nested = any(k.startswith('text_model.') for k in net.state_dict())
         state = (nested_keys if nested else flat_keys)(state)
     wanted, got = ({k: tuple(v.shape) for k, v in s.items()} for s in (net.state_dict(), state))
-    try: net.load_state_dict(state, assign=True)
+    try: net.load_state_dict(state)
     except RuntimeError:
         odd = sorted(k for k in wanted.keys()|got if wanted.get(k)!=got.get(k)) or ['their kind']
         raise ValueError(f"expected weights that fit {where}, got others: {len(odd)} arrays "
                          f"differ, e.g. {odd[0]}, {wanted.get(odd[0], 'not in there')} wanted, "
                          f"{got.get(odd[0], 'nothing')} found.") from None
     return net
-
-def _empty(cls, config): # a network without numbers: none are drawn that a file replaces
-    with torch.device('meta'): return cls(config)
 
 def load_own(
     cls,               # `TextEncoder`, `VAE` or `UNet`
@@ -54,7 +51,7 @@ def load_own(
 ):                     # The network in float32 with its weights
     "One of the lessons' networks with a checkpoint's weights"
     from safetensors.torch import load_file
-    net, state = _empty(cls, read_json(folder/'config.json')), {}
+    net, state = blank(cls, read_json(folder/'config.json')), {}
     for file in weights_files(folder, variant): state |= load_file(file)
     return _fill(net, state, folder/'config.json')
 
@@ -204,7 +201,7 @@ def check_dtype(
 def _load_file(file, networks): # one file of SD 1.x; the words are pocket's, which are CLIP's
     states = split_file(file)
     if networks=='own':
-        nets = [_fill(_empty(cls, sd_v1[p]), states[p], file.name) for p, cls in _ours.items()]
+        nets = [_fill(blank(cls, sd_v1[p]), states[p], file.name) for p, cls in _ours.items()]
         return Tokenizer.from_folder(pocket_path()/'tokenizer'), *nets
     from transformers import CLIPTextConfig, CLIPTextModel
     from diffusers import AutoencoderKL, UNet2DConditionModel

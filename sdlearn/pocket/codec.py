@@ -133,7 +133,7 @@ def train_vae(
     **kw,        # To `fit`
 )->list:         # Loss of every step; the latents are not yet scaled
     "Train the autoencoder in place"
-    net = hasten(VAELoss(vae), compiled)
+    with seeded(0): net = hasten(VAELoss(vae), compiled)
     losses = fit(net, vae_batch(data, steps, bs), steps, path, **dict(lr=1.2e-3)|kw)
     vae.eval()
     return losses
