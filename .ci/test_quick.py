@@ -1,5 +1,5 @@
 "Checks in seconds, no training: structure, tiny networks, samplers, schedules, the recipe's losses"
-import ast, configparser, importlib, importlib.util, json, math, os, re, shutil, subprocess, sys
+import ast, configparser, importlib, importlib.util, itertools, json, math, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch.testing import assert_close
@@ -1563,7 +1563,7 @@ def test_marks_of_weights_are_read_and_all_else_is_text():
         found, spans = read_weights(typed)
         assert found==text and [(text[a:b], w) for a, b, w in spans]==marks, typed
     for text in ('', 'a campfire (oil on canvas)', '(cat:)', '(cat:abc)', '(:1.2)', '( :1.2)', '(cat:1.2', 'cat:1.2)', 'a :) b', '(16:9)', '( 2.35 : 1 )',
-                 '(cat:1.2.3)', '(cat:.)', '(cat:nan)', '(cat:inf)', '(cat:1e3)', '(cat:1,3)', '[cat:1.3]', '(cat)', '((cat))', '(cat:٣)', 'a\\b', ')('):
+                 '(cat:1.2.3)', '(cat:.)', '(cat:nan)', '(cat:inf)', '(cat:1e3)', '(cat:1,3)', '[cat:1.3]', '(cat)', '((cat))', '(cat:٣)', 'a\\b', ')(', '(2)', 'a fox (1)', '(a (2))'):
         assert read_weights(text)==(text, []), text
     for odd in ('(cat:13)', '(cat:-1)', '(cat:-.1)', '(cat:5.01)', '(cat:'+'9'*400+')', 'a (cat:1) (dog:6)'):
         with pytest.raises(ValueError, match='from 0 to 5'): read_weights(odd)
@@ -1571,6 +1571,10 @@ def test_marks_of_weights_are_read_and_all_else_is_text():
     assert read_weights('(cat:5)')[1]==[(0, 3, 5.)]
     deep = '('*5000+'cat'+':1)'*5000
     assert read_weights(deep)[0]=='cat' and read_weights('('*100_000)==('('*100_000, [])
+    assert read_weights('(fox (2):1.3)')==('fox (2)', [(0, 7, 1.3)])
+    for letters in itertools.product('(): 2.a\\', repeat=5):    # whatever is typed, weights are found or there are none
+        text, spans = read_weights(''.join(letters))
+        assert all(0<=a<b<=len(text) and w in (2, .2, 2.2) for a, b, w in spans), letters
 
 def test_weights_find_their_tokens():
     from sdlearn.tokenizer import all_ids, token_weights
