@@ -7,12 +7,13 @@ __all__ = ['Painter', 'explorer', 'appearing', 'sketched', 'prompt', 'film', 'mi
            'latents']
 
 # %% ../nbs/70_explore.ipynb #74ad9c54
-import io, threading
+import base64, io, threading
 from dataclasses import replace
 from functools import cache
 import numpy as np, torch
 from PIL import Image
 from .attention import attention_maps, token_places, word_map
+from .configs import latent_side
 from .core import as_rgb, check_number, image_grid, images_to_tensor, whole
 from .denoiser import noise_predictor
 from .fast.decoder import load_small
@@ -20,7 +21,7 @@ from .folders import pocket_path
 from .pipeline import check_inputs, denoise, native_size, plan_for, unseen_words
 from .pipeline import start_step as first_step
 from .sample import make_plan, noise_from, sample, samplers as nine
-from .schedule import scale_input
+from .schedule import SD_V1, scale_input
 from .text import embed_prompts, mix as mixed
 from .tokenizer import all_ids, read_weights
 from .vae import encode, latents_to_pil
@@ -64,7 +65,7 @@ class Painter:
     def _paint(self, asked):
         try:
             for i, picture in enumerate(self.draw(**asked)):
-                if self.news.is_set(): return
+                if i and self.news.is_set(): return # a first one that is done is shown all the same
                 self.show(picture)
                 if i==0 and self.news.wait(self.rest): return
         except Exception as e: self.complain(e)
@@ -99,13 +100,20 @@ def explorer(
     import ipywidgets as w
     class Explorer(w.VBox):
         def _ipython_display_(self, **kw):
-            from IPython.display import Image as Still, display
+            from IPython.display import HTML, Image as Still, display
             self.painter.settle()
-            if not _has_kernel(): display(Still(_jpeg(self.picture.value), alt=alt, width=size[0]))
+            still = _jpeg(self.picture.value)
+            if not _has_kernel():
+                display(Still(still, alt=alt, width=size[0]))
+                if self.note.value: display(HTML(self.note.value))
             elif hasattr(w.VBox, '_ipython_display_'): super()._ipython_display_(**kw) # before 8
-            else: display(self._repr_mimebundle_(), raw=True)
+            else: # and a picture for a page that knows no widgets
+                data = {'image/jpeg': base64.b64encode(still).decode()}
+                how = {'image/jpeg': dict(alt=alt, width=size[0])}
+                display(self._repr_mimebundle_()|data, raw=True, metadata=how)
     width, height = (f'{s}px' for s in size)
-    picture = w.Image(format='png', layout=w.Layout(width=width, height=height))
+    picture = w.Image(value=_png(Image.new('RGB', size, 'white')), format='png',
+                      layout=w.Layout(width=width, height=height, object_fit='contain'))
     note = w.HTML(layout=w.Layout(min_height='1.5em', max_width='60em'))
     box = Explorer([*controls.values(), picture, note])
     box.picture, box.note, box.controls = picture, note, controls
@@ -131,10 +139,12 @@ def _layout(**kw):
     import ipywidgets as w
     return dict(style={'description_width': '6.5em'}, layout=w.Layout(width='36em'), **kw)
 
-def _whole(name, value, low, high):
+def _whole(name, value, low, high, label=None):
     import ipywidgets as w
     value = check_number(value, name, low, high, whole)
-    return w.IntSlider(value, low, high, description=name, **_layout())
+    return w.IntSlider(value, low, high, description=label or name, **_layout())
+
+def _seed(value): return _whole('seed', value, 0, max(200, value))
 
 def _real(name, value, low, high, step=.1):
     import ipywidgets as w
@@ -155,11 +165,25 @@ def _one_of(name, options, value=None):
 _rough = 4   # steps of a sketch
 _guided = dict(guidance_interval=(1., 14.))   # noise levels: the two in the middle
 
+def _check(sd, texts, seeds=(), steps=None): # what an explorer starts with
+    native_size(sd)
+    if lost := [p for p in ('tokenizer', 'text_encoder', 'vae') if getattr(sd, p, None) is None]:
+        raise ValueError(f"expected a checkpoint with all its pieces, got one without {lost[0]}. "
+                         "load_sd() gives a whole one.")
+    for t in texts:
+        if not isinstance(t, str): raise ValueError(f"expected a prompt, a string, got {t!r}")
+    for seed in seeds: check_number(seed, 'a seed', 0, 2**32-1, whole)
+    if steps is not None: check_number(steps, 'steps', 1, 1000, whole)
+
+def _joined(*notes): return '; '.join(filter(None, notes))
+
 def _read(sd, *prompts): # their embeddings, and what there is to say about them
     most = sd.tokenizer.model_max_length
     for p in prompts:
         n = len(all_ids(sd.tokenizer, read_weights(p)[0]))
-        if n>most: raise ValueError(f"expected at most {most-2} tokens, got {n-2}: say it shorter")
+        if n>most:
+            raise ValueError(f"expected at most {most} tokens (words or pieces of them, and a "
+                             f"start and an end), got {n}: say it shorter")
     odd = dict.fromkeys(w for p in prompts for w in unseen_words(sd, p))
     emb = embed_prompts(sd.tokenizer, sd.text_encoder, list(prompts)).to(sd.dtype)
     return emb, f"this checkpoint has never seen {', '.join(map(repr, odd))}" if odd else ''
@@ -207,24 +231,35 @@ def sketched(
         yield sketch
     yield from draw(sd, steps)
 
+def _unheard(guidance, negative): # what has no effect at this scale
+    if guidance==0: yield 'at guidance 0 the prompt is not heard'
+    if guidance==1 and negative.strip(): yield 'at guidance 1 the negative prompt is not heard'
+
+def _late(plan): # a word when a plan leaves the noisy beginning out
+    if plan.timesteps[0]<.7*SD_V1.num_train_timesteps:
+        return (f'these steps begin at timestep {plan.timesteps[0]:.0f} of 1000, where a picture '
+                'should be seen already: take more')
+
 def prompt(
     sd,                                    # `SD` bundle
     text:str='A picture of a fox in the snow', # What to start with
     seed:int=32,                           # Likewise
 ):
-    "A picture, redrawn as you move"
-    def draw(prompt, negative, seed, steps, guidance, sampler):
+    "A picture, redrawn as you move; a student's steps, sampler and guidance are fixed"
+    _check(sd, [text], [seed])
+    usual, way = _way(sd, 20)
+    def draw(prompt, seed, negative='', steps=usual, guidance=sd.guidance_scale, sampler=way):
         check_inputs([prompt], steps, guidance)
         emb, note = _read(sd, negative, prompt)
+        note = _joined(note, *_unheard(guidance, negative), _late(plan_for(sd, sampler, steps)))
         def pictures(sd, n, **where):
             eps_fn = noise_predictor(sd, emb, guidance, **where)
             return appearing(sd, eps_fn, [seed], n, sampler)
         for picture in sketched(pictures, sd, steps): yield picture, note
-    native_size(sd)
-    usual, way = _way(sd, 20)
-    controls = dict(
-        prompt=_words('prompt', text), negative=_words('negative', '', 'what to move away from'),
-        seed=_whole('seed', seed, 0, 200), steps=_whole('steps', usual, 1, 50),
+    controls = dict(prompt=_words('prompt', text), seed=_seed(seed))
+    if sd.folded is None: controls |= dict(
+        negative=_words('negative', '', 'what to move away from'),
+        steps=_whole('steps', usual, 1, 50),
         guidance=_real('guidance', sd.guidance_scale, 0, 14, .5),
         sampler=_one_of('sampler', nine, way))
     return explorer(draw, controls, (256, 256), f'Drawn by the model: {text}')
@@ -238,20 +273,22 @@ def film(
     sampler='euler',                      # As in `txt2img`
 ):
     "The steps of one picture under a slider"
-    kept = []
-    native_size(sd)
+    _check(sd, [text], [seed], steps)
     steps, sampler = _way(sd, steps, sampler)
     plan = plan_for(sd, sampler, steps)
-    def record():
-        eps_fn = noise_predictor(sd, _read(sd, '', text)[0])
-        kept.extend(denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False))
+    @cache
+    def recorded():
+        emb, note = _read(sd, '', text)
+        start = _start(sd, plan, [seed])
+        return [*denoise(plan, noise_predictor(sd, emb), *start, progress=False)], note
     def draw(step):
-        if not kept: record()
+        kept, note = recorded()
         at, end = kept[step], kept[-1].x_next
         away = (at.x0-end).square().mean().sqrt()
         three = torch.cat([scale_input(at.x, at.sigma), at.x0, end])
-        yield _picture(sd, three), (f'sigma {at.sigma:.2f}, timestep {at.t:.0f}; the prediction '
-                                    f'is {away:.2f} away from the end')
+        yield _picture(sd, three), _joined(note, (
+            f'noisy, predicted, end: at sigma {at.sigma:.2f}, timestep {at.t:.0f}, the prediction '
+            f'is {away:.2f} away from the end, where numbers vary by 1'))
     last = plan.calls-1
     return explorer(draw, dict(step=_whole('step', last//2, 0, last)), (576, 192),
                     f'Noisy latents, the predicted picture and the end: {text}')
@@ -269,17 +306,27 @@ def mix(
         emb = torch.stack([nothing, mixed(*both, share)])
         def pictures(sd, n, **where):
             return appearing(sd, noise_predictor(sd, emb, **where), [seed], n, sampler)
+        note = _joined(note, '0 is one prompt, 1 the other')
         for picture in sketched(pictures, sd, steps): yield picture, note
-    native_size(sd)
+    _check(sd, [a, b], [seed])
     steps, sampler = _way(sd, 20)
     controls = dict(a=_words('one', a), b=_words('the other', b),
-                    share=_real('share', .6, 0, 1, .05), seed=_whole('seed', seed, 0, 200))
+                    share=_real('share', .6, 0, 1, .05), seed=_seed(seed))
     return explorer(draw, controls, (256, 256), f'Between two prompts: {a}, and {b}')
 
 # %% ../nbs/70_explore.ipynb #2131f6a8
 def _brightened(image, bright): # (h,w) in 0..1: dark where it is 0
     a = np.asarray(image, dtype=np.float32)*(.25+.75*bright.numpy()[..., None])
     return Image.fromarray(a.round().astype('uint8'))
+
+def _layers(unet): # ('down 1.2, 16x16', name) of each layer that looks at words
+    sides = [latent_side(unet.config)>>i for i in range(len(unet.config.block_out_channels))]
+    for name in [k for k, _ in unet.named_modules() if k.endswith('attn2')]:
+        way = name.split('_')[0]
+        i, *j = (int(n) for n in name.split('.') if n.isdigit())
+        side = dict(down=sides[i], mid=sides[-1], up=sides[-1-i])[way]
+        place = 'middle' if way=='mid' else f'{way} {i+1}.{j[0]+1}'
+        yield f'{place}, {side}x{side}', name
 
 def words(
     sd,                                   # `SD` bundle
@@ -288,28 +335,27 @@ def words(
     steps:int=12,                         # Of its sampler
 ):
     "Which places of the picture ask which word"
-    kept, end = [], []
-    def record():
-        emb, _ = _read(sd, '', text)
-        plan = plan_for(sd, sampler, steps)
+    _check(sd, [text], [seed], steps)
+    steps, sampler = _way(sd, steps)
+    @cache
+    def recorded(): # the maps of every step, the picture, and what there is to say
+        emb, note = _read(sd, '', text)
+        plan, kept = plan_for(sd, sampler, steps), []
         eps_fn = noise_predictor(sd, emb)
         for step in denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False):
             x_in = scale_input(step.x, step.sigma).to(sd.dtype)
             kept.append(attention_maps(sd.unet, x_in, torch.tensor(step.t), emb[1:]))
-        end.append(_picture(sd, step.x_next))
+        return kept, _picture(sd, step.x_next), note
     def draw(word, layer, step):
-        if not end: record()
+        kept, end, note = recorded()
         maps = kept[step] if layer=='all' else {layer: kept[step][layer]}
-        bright = word_map(maps, token_places(sd.tokenizer, text, word), end[0].size[::-1])
-        yield image_grid([end[0], _brightened(end[0], bright)], rows=1)
-    native_size(sd)
-    steps, sampler = _way(sd, steps)
-    names = [k for k, _ in sd.unet.named_modules() if k.endswith('attn2')]
+        bright = word_map(maps, token_places(sd.tokenizer, text, word), end.size[::-1])
+        yield image_grid([end, _brightened(end, bright)], rows=1), note
     plain = read_weights(text)[0].replace(',', ' ').replace('.', ' ')
-    spoken = [*dict.fromkeys(plain.split())]
+    spoken = [*dict.fromkeys(plain.lower().split())]
     if not spoken: raise ValueError("expected a prompt with a word to look for, got none")
     controls = dict(word=_one_of('word', spoken, spoken[-1]),
-                    layer=_one_of('layer', ['all', *names]),
+                    layer=_one_of('layer', [('all', 'all'), *_layers(sd.unet)], 'all'),
                     step=_whole('step', steps//2, 0, steps-1))
     return explorer(draw, controls, (512, 256), f'Where {spoken[-1]!r} is looked for: {text}')
 
@@ -323,6 +369,9 @@ def start_step(
 ):
     "Strength against picture"
     image = as_rgb(image)
+    _check(sd, [text], [seed], steps)
+    check_inputs([text], steps, None, image.height, image.width)
+    steps, sampler = _way(sd, steps)
     def noised(plan, first, seed):
         generators = [torch.Generator().manual_seed(seed)]
         pixels = images_to_tensor([image]).to(sd.device, sd.dtype)
@@ -330,7 +379,9 @@ def start_step(
         return plan.start(noise_fn(latents), latents if first else None), noise_fn
     def draw(prompt, strength, seed):
         first = first_step(steps, strength)
-        if first>=steps: raise ValueError('at strength 0 the picture stays as it is')
+        if first>=steps:
+            yield image_grid([image]*3, rows=1), 'less than one step: the picture stays as it is'
+            return
         plan = plan_for(sd, sampler, steps).after(first)
         x, noise_fn = noised(plan, first, seed)
         emb, note = _read(sd, '', prompt)
@@ -340,11 +391,11 @@ def start_step(
         for step in denoise(plan, eps_fn, x, noise_fn, progress=False):
             if step.i%5==0: yield image_grid([image, begin, _picture(quick, step.x0)], rows=1), note
         yield image_grid([image, begin, _picture(sd, step.x_next)], rows=1), note
-    native_size(sd)
-    steps, sampler = _way(sd, steps)
-    controls = dict(prompt=_words('prompt', text), strength=_real('strength', .6, 0, 1, 1/steps),
-                    seed=_whole('seed', seed, 0, 200))
-    return explorer(draw, controls, (576, 192), f'A picture, its noisy version, and {text}')
+    usual = max(1, round(.6*steps))/steps
+    controls = dict(prompt=_words('prompt', text), seed=_seed(seed),
+                    strength=_real('strength', usual, 0, 1, 1/steps))
+    height = max(1, round(192*image.height/image.width))
+    return explorer(draw, controls, (576, height), f'A picture, its noisy version, and {text}')
 
 # %% ../nbs/70_explore.ipynb #bc82cdcb
 def guidance(
@@ -353,7 +404,12 @@ def guidance(
     seeds:tuple=(1, 2, 3, 4),              # One column each
 ):
     "A scale and a wall of seeds"
-    native_size(sd)
+    seeds = [seeds] if whole(seeds) is not None else [*seeds]
+    _check(sd, [text], seeds)
+    if not 1<=len(seeds)<=8: raise ValueError(f"expected 1 to 8 seeds, got {len(seeds)}")
+    if sd.folded is not None:
+        raise ValueError("expected a checkpoint that hears guidance, got a student, which has a "
+                         f"scale of {sd.folded:g} in its weights. Take load_sd() without fast.")
     (steps, sampler), above = _way(sd, 16), []
     def draw(prompt, scale):
         both, note = _read(sd, '', prompt)
@@ -364,10 +420,13 @@ def guidance(
         if not above or above[0]!=prompt:
             for plain in row(sd, steps, 1.): pass
             above[:] = prompt, plain
+        note = _joined(note, f'above: scale 1, the plain answer; below: scale {scale:g}',
+                       *_unheard(scale, ''))
         for below in sketched(row, sd, steps): yield image_grid([above[1], below], cols=1), note
     controls = dict(prompt=_words('prompt', text),
                     scale=_real('scale', sd.guidance_scale, 0, 14, .5))
-    return explorer(draw, controls, (640, 320), f'Four seeds without and with guidance: {text}')
+    return explorer(draw, controls, (160*len(seeds), 320),
+                    f'{len(seeds)} seeds, without and with guidance: {text}')
 
 # %% ../nbs/70_explore.ipynb #bd0d16cc
 _points = torch.tensor([[-1.2, -.8], [1.2, -.6], [0., 1.1]])
@@ -389,24 +448,32 @@ def _walk(paths, sigmas, k): # a figure of all dots up to step k, as a picture
     fig.savefig(out, bbox_inches='tight', pad_inches=.05)
     return Image.open(out).convert('RGB')
 
+_noisiest_first = replace(SD_V1, timestep_spacing='trailing')   # also when steps are few
+
+def _dots(seed, sampler, steps): # every step on the way, of forty dots
+    plan = make_plan(sampler, steps, _noisiest_first)
+    g = torch.Generator().manual_seed(seed)
+    def fresh(x): return torch.randn(x.shape, generator=g)
+    return [*sample(plan, _toy, plan.start(torch.randn(40, 2, generator=g)), fresh)]
+
 def samplers(
     seed:int=0, # Of the dots
 ):
     "Forty dots walk from noise to three points"
+    check_number(seed, 'a seed', 0, 2**32-1, whole)
+    true = _dots(seed, 'euler', 1000)[-1].x_next
     def draw(sampler, steps, step):
-        plan = make_plan(sampler, steps)
-        g = torch.Generator().manual_seed(seed)
-        start = plan.start(torch.randn(40, 2, generator=g))
-        def fresh(x): return torch.randn(x.shape, generator=g)
-        walked = list(sample(plan, _toy, start, fresh))
+        walked = _dots(seed, sampler, steps)
         paths = [w.x for w in walked]+[walked[-1].x_next]
         sigmas = [w.sigma for w in walked]+[0.]
         k = min(step, len(walked))
-        away = (paths[k][:, None]-_points).norm(dim=-1).min(1).values.mean()
+        away = (paths[-1]-true).norm(dim=-1).mean()
         yield _walk(paths, sigmas, k), (f'after {k} of {len(walked)} model calls: sigma '
-                                        f'{sigmas[k]:.2f}, {away:.2f} from the nearest point')
-    controls = dict(sampler=_one_of('sampler', nine, 'euler'), steps=_whole('steps', 10, 1, 40),
-                    step=_whole('step', 5, 0, 80))
+                                        f'{sigmas[k]:.2f}; at the end, {away:.2f} on average '
+                                        'from where a thousand steps end')
+    controls = dict(sampler=_one_of('sampler', nine, 'euler'),
+                    steps=_whole('steps', 10, 1, 40, 'steps in all'),
+                    step=_whole('step', 5, 0, 80, 'shown up to'))
     return explorer(draw, controls, (360, 360), 'Dots on their way from noise to three points')
 
 # %% ../nbs/70_explore.ipynb #251baa8d
@@ -416,17 +483,21 @@ def latents(
     seed:int=32,                           # Of its noise
 ):
     "Paint on a channel, and see the picture"
-    drawn = []
-    def draw(channel, row, column, size, amount):
-        if not drawn:
-            eps_fn = noise_predictor(sd, _read(sd, '', text)[0])
-            plan = plan_for(sd, sampler, steps)
-            drawn.extend(denoise(plan, eps_fn, *_start(sd, plan, [seed]), progress=False))
-        x = drawn[-1].x_next.clone()
-        x[:, channel, row:row+size, column:column+size] += amount
-        yield image_grid([_channel(x[0, channel], native_size(sd)), _picture(sd, x)], rows=1)
-    last = native_size(sd)//8-1
+    _check(sd, [text], [seed])
     steps, sampler = _way(sd, 20)
+    @cache
+    def drawn(): # its latents, and what there is to say
+        (emb, note), plan = _read(sd, '', text), plan_for(sd, sampler, steps)
+        start = _start(sd, plan, [seed])
+        for step in denoise(plan, noise_predictor(sd, emb), *start, progress=False): pass
+        return step.x_next, note
+    def draw(channel, row, column, size, amount):
+        end, note = drawn()
+        x = end.clone()
+        x[:, channel, row:row+size, column:column+size] += amount
+        pair = _channel(x[0, channel], native_size(sd)), _picture(sd, x)
+        yield image_grid([*pair], rows=1), _joined(note, 'the channel; the picture')
+    last = native_size(sd)//8-1
     controls = dict(channel=_one_of('channel', range(4)), row=_whole('row', 4, 0, last),
                     column=_whole('column', 4, 0, last), size=_whole('size', 5, 1, last+1),
                     amount=_real('amount', 2., -4, 4, .5))
