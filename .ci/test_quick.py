@@ -3616,9 +3616,48 @@ def test_the_page_reads_prompts_as_python_does(js):
         said = heard(lambda: tokenize(tokenizer, plain))
         assert got['text']==plain and got['ids']==tokenize(tokenizer, plain)[0].tolist(), repr(text)
         assert_close(torch.tensor(got['weights']).float(), token_weights(tokenizer, text), msg=lambda m: f'{text!r}: {m}')
-        assert re.sub('[“”]', "'", ' '.join(got['notes']))==said.replace('see "', "see '").replace('" and', "' and").replace('". S', "'. S"), text
+        notes = ' '.join(got['notes']).replace(' A token is a word or a piece of one; the start and the end count too.', '')
+        assert re.sub('[“”]', "'", notes)==said.replace('see "', "see '").replace('" and', "' and").replace('". S', "'. S"), text
         compared, weighted, cut = compared+1, weighted+bool(set(got['weights'])-{1}), cut+bool(said)
     assert compared>700 and weighted>50 and cut>3, (compared, weighted, cut)
+
+def test_the_page_says_which_words_were_never_seen(js):
+    from sdlearn import load_sd
+    from sdlearn.page import tokenizer_settings, zero_runs
+    from sdlearn.pipeline import unseen_words
+    from sdlearn.text import text_core
+    sd = load_sd(networks='own')
+    table = text_core(sd.text_encoder).embeddings.token_embedding.weight
+    texts = odd_prompts(300)+['an otter, a QUARK, a (quark:1.3) and 🦠🦠', '', 'cat '*75+'quark', 'cat '*74+'quark', 'quark '+'cat '*90, '<|endoftext|> quark']
+    code = page_reads.replace("({ ...readPrompt(tokenizer, text, t => t),", "({ unseen: tokenizer.unseen(tokenizer.encode(readWeights(text).text, t => t)),")
+    found = 0
+    for text, got in zip(texts, js(code, texts=texts, said=tokenizer_settings(sd.tokenizer)|dict(runs=zero_runs(table)))):
+        if isinstance(got, str) or got['garbled']: continue
+        assert got['unseen']==unseen_words(sd, text), repr(text)
+        found += bool(got['unseen'])
+    assert found>100
+    for rows, runs in (([0, 0, 1, 0], '2 1 1'), ([1, 0], '0 1 1'), ([0], '1'), ([1, 1], '0 2')):
+        assert zero_runs(torch.tensor(rows)[:, None].float())==runs
+
+def test_seeds_and_names_of_the_page(js):
+    code = '''import { fileName, nextSeed, pythonOf, readSeed } from './texts.js';
+const tried = f => text => { try { return f(text) } catch (e) { return e.message } };
+[seeds.map(tried(readSeed)), seeds.map(tried(nextSeed)), prompts.map(p => fileName(p, 1)), prompts.map(p => pythonOf('sd', p, 1))]'''
+    prompts = ['-', '', ' (red:1.3) fox!', 'x'*300, 'x'*59+' y', 'Ñandú 🦊 狐狸', 'a "b"\\\n\x00\u2028']
+    seeds = ['0', ' 7 ', '4294967295', '-5', '1.5', '4294967296', '99999999999', '', 'abc', '1e3']
+    read, following, names, lines = js(code, seeds=seeds, prompts=prompts)
+    assert read[:3]==[0, 7, 2**32-1] and following[:3]==[1, 8, 0]
+    assert all(e==f'expected a seed from 0 to 4294967295, got “{s}”: a whole number' for s, e in zip(seeds[3:], read[3:])) and read[3:]==following[3:]
+    assert names==['picture-1.png', 'picture-1.png', 'red-1-3-fox-1.png', 'x'*60+'-1.png', 'x'*59+'-1.png', 'ñandú-狐狸-1.png', 'a-b-1.png']
+    assert [ast.literal_eval(ast.parse(line).body[1].value.value.args[1]) for line in lines]==prompts
+
+def test_a_page_says_how_its_checkpoint_is_loaded(bundles):
+    from sdlearn import load_sd
+    from sdlearn.page import loading_line
+    sd = load_sd(networks='own', fast=True)
+    assert loading_line(sd)=='load_sd(fast=True)' and loading_line(bundles['own']) is None
+    with torch.no_grad(): next(sd.unet.parameters()).add_(1e-3)        # trained further
+    assert loading_line(sd) is None
 
 def test_text_in_a_wrong_encoding_is_said(js):
     found = js("import { looksGarbled } from './tokenizer.js';\ntexts.map(looksGarbled)",

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RUNTIME', 'FewRows', 'few_words', 'halve_weights', 'write_networks', 'web_path', 'merges_of', 'special_ids',
-           'tokenizer_settings', 'write_merges', 'page_plan', 'page_settings', 'fetch_runtime', 'unpack_runtime',
-           'write_page']
+           'tokenizer_settings', 'write_merges', 'zero_runs', 'page_plan', 'loading_line', 'page_settings',
+           'fetch_runtime', 'unpack_runtime', 'write_page']
 
 # %% ../nbs/71_page.ipynb #3bc939ee
 import copy, json, shutil, subprocess, tarfile, tempfile
+from itertools import groupby
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .configs import latent_side
 from .core import as_folder, as_path, generator_of, whole_file
 from .fast.export import need, parts, write_onnx
 from .folders import pocket_path
+from .load import load_sd
 from .pipeline import plan_for
 from .sample import ddim, euler
 from .text import text_core
@@ -139,6 +141,15 @@ def write_merges(
     text = '\n'.join(['#version: 0.2', *map(' '.join, merges_of(tokenizer))])+'\n'
     whole_file(file, lambda part: part.write_text(text, encoding='utf8', newline='\n'))
 
+# %% ../nbs/71_page.ipynb #3a317816
+def zero_runs(
+    table:Tensor, # (N,D) embeddings, one row a token
+)->str:           # '3 1 2': three rows of zeros, one that is none, two of zeros
+    "Which rows are zero, as lengths of runs; a run of zeros is the first, perhaps an empty one"
+    met = table.any(1).tolist()
+    runs = [len([*same]) for _, same in groupby(met)]
+    return ' '.join(map(str, [0]*met[0]+runs))
+
 # %% ../nbs/71_page.ipynb #92c38cd5
 def page_plan(
     sd, # `SD` bundle
@@ -151,18 +162,33 @@ def page_plan(
                      f"got {sd.sampler!r} at guidance {sd.guidance_scale:g}. "
                      "load_sd(fast=True) is one.")
 
+def loading_line(
+    sd,   # `SD` bundle
+)->str:   # Python that loads it, or None where this is not known
+    "Pocket's student, with nothing put on it and not trained further, is what `load_sd` gives"
+    if sd.path!=pocket_path() or sd.folded is None: return None
+    own = isinstance(sd.tokenizer, Tokenizer)
+    student = load_sd(networks='own' if own else 'diffusers', fast=True)
+    return 'load_sd(fast=True)' if all(map(torch.equal, _tensors(sd), _tensors(student))) else None
+
+def _tensors(sd):
+    return [p.cpu() for net in (sd.text_encoder, sd.unet, sd.vae) for p in net.parameters()]
+
 def page_settings(
     sd,         # `SD` bundle
     prompt:str, # What the page draws first
     seed:int,   # From which noise
     sketch:str, # Which network draws the unfinished steps: 'sketch' or 'decoder'
+    load:str=None, # Python that loads `sd`; None: `loading_line` may know
 )->dict:
     "All that the page has to be told, as numbers and strings"
     plan, side = page_plan(sd), latent_side(sd.unet.config)
+    table = text_core(sd.text_encoder).embeddings.token_embedding.weight
+    words = tokenizer_settings(sd.tokenizer)|dict(runs=zero_runs(table))
     told = dict(shape=[4, side, side], length=sd.tokenizer.model_max_length, sketch=sketch,
                 timesteps=plan.timesteps, sigmas=plan.sigmas, start_std=plan.start_std)
     return dict(prompt=prompt, seed=generator_of(seed).initial_seed(), plan=told,
-                networks=3+(sketch=='sketch'), tokenizer=tokenizer_settings(sd.tokenizer))
+                networks=3+(sketch=='sketch'), tokenizer=words, load=load or loading_line(sd))
 
 # %% ../nbs/71_page.ipynb #2b2d0524
 RUNTIME = 'onnxruntime-web@1.30.0' # MIT licence; the one place that says its version
@@ -203,9 +229,10 @@ def write_page(
     seed:int=6,        # From which noise
     small=None,        # A `TinyVAE` for the unfinished steps; None: the VAE draws them, slower
     runtime=None,      # .tgz of onnxruntime-web; None: npm fetches it; False: leave it out
+    load:str=None,     # Python that loads `sd`, for the lines below a picture; pocket's is known
 )->Path:               # The folder, which any web server can serve
     "A page that draws with this checkpoint in the reader's browser"
-    said = page_settings(sd, prompt, seed, 'decoder' if small is None else 'sketch')
+    said = page_settings(sd, prompt, seed, 'decoder' if small is None else 'sketch', load)
     folder = as_folder(folder)
     if runtime is not False: _add_runtime(folder, runtime)
     write_networks(sd, folder, small)

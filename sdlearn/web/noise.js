@@ -22,7 +22,7 @@ export function* wholeNumbers(seed) {
   }
 }
 
-// Two even numbers in 0..1 become two normal ones (Box and Muller 1958)
+// Two uniform numbers in 0..1 become two normal ones (Box and Muller 1958)
 function boxMuller(block) {                             // 16 numbers, in place: k goes with k + 8
   for (let k = 0; k < 8; k++) {
     const radius = Math.sqrt(-2 * Math.log(1 - block[k]));
@@ -36,12 +36,12 @@ function boxMuller(block) {                             // 16 numbers, in place:
 export function normal(seed, size) {
   if (size < 16) throw new Error(`expected at least 16 numbers, got ${size}: torch draws fewer in another way`);
   const draw = wholeNumbers(seed);
-  const even = () => (draw.next().value & 0xffffff) / 2 ** 24;   // torch keeps 24 bits of 32
-  const out = new Float32Array(size).map(even);
+  const uniform = () => (draw.next().value & 0xffffff) / 2 ** 24;   // torch keeps 24 bits of 32
+  const out = new Float32Array(size).map(uniform);
   for (let i = 0; i + 16 <= size; i += 16) boxMuller(out.subarray(i, i + 16));
   if (size % 16) {                                      // the last 16 are drawn anew, whole
     const end = out.subarray(size - 16);
-    end.set(end.map(even));
+    end.set(end.map(uniform));
     boxMuller(end);
   }
   return out;

@@ -1,17 +1,11 @@
 // What a hand does and an eye sees: form, pictures, sentences. The drawing is done in worker.js.
+import { settingsOf, textOf } from './files.js';
+import { fileName, nextSeed, pythonOf, readSeed, sentence } from './texts.js';
 import { Tokenizer, readPrompt } from './tokenizer.js';
 
 const $ = id => document.getElementById(id);
 const files = new Set();
-let settings, tokenizer, worker, run = 0, wish, good, began = performance.now();
-
-async function answer(name) {
-  const got = await fetch(name);
-  if (!got.ok)
-    throw new Error(`expected the file ${name} beside this page, got “${got.status} ${got.statusText}”. ` +
-                    'Write the page anew.');
-  return got;
-}
+let settings, tokenizer, worker, run = 0, wish, good, failed, began = performance.now();
 
 // ---------------------------------------------------------------- sentences
 
@@ -19,18 +13,15 @@ function say(text) { $('status').textContent = text; }
 
 // The last good picture stays
 function fail(error) {
-  const text = error.message ?? String(error);
-  $('error').textContent = text[0].toUpperCase() + text.slice(1);
+  failed = true;
+  $('error').textContent = sentence(error.message ?? String(error));
   say(good ? 'The last picture stays.' : 'No picture.');
   if (good) show(good);
 }
 
 function whatIsAsked() {
-  const seed = $('seed').value.trim();
-  if (!/^\d+$/.test(seed) || Number(seed) >= 2 ** 32)
-    throw new Error(`expected a seed from 0 to ${2 ** 32 - 1}, got “${seed}”: a whole number`);
-  const text = $('prompt').value;
-  return { text, seed: Number(seed), ...readPrompt(tokenizer, text) };
+  const seed = readSeed($('seed').value), text = $('prompt').value;
+  return { text, seed, ...readPrompt(tokenizer, text) };
 }
 
 // ---------------------------------------------------------------- pictures
@@ -55,10 +46,11 @@ function show({ text, seed, images }) {
   }));
 }
 
-function keep() {
-  const name = good.text.trim().toLowerCase().replace(/[^\p{L}\p{N}]+/gu, '-').slice(0, 60) || 'picture';
-  Object.assign($('keep'), { href: good.images.at(-1), download: `${name}-${good.seed}.png`, hidden: false });
-  $('python').textContent = `txt2img(sd, ${JSON.stringify(good.text)}, seed=${good.seed})`;
+function keep({ text, seed, images }) {
+  Object.assign($('keep'), { href: images.at(-1), download: fileName(text, seed), hidden: false });
+  if (!settings.load) return;                                // who wrote the page did not say
+  $('python').textContent = pythonOf(settings.load, text, seed);
+  $('same').hidden = false;
 }
 
 // ---------------------------------------------------------------- drawing
@@ -66,48 +58,65 @@ function keep() {
 function start() {
   try { wish = { ...whatIsAsked(), images: [], began: performance.now() }; }
   catch (error) { return fail(error); }
+  failed = false;
   $('error').textContent = '';
   history.replaceState(null, '', '?' + new URLSearchParams({ prompt: wish.text, seed: wish.seed }));
   say(files.size < settings.networks ? 'Loading the networks.' : 'Drawing.');
   const nothing = tokenizer.padded('').ids;
+  worker ??= hired();
   worker.postMessage({ run: ++run, plan: settings.plan, seed: wish.seed,
                        prompt: { ids: wish.ids, weights: wish.weights, nothing } });
+}
+
+function another() {
+  try { $('seed').value = nextSeed($('seed').value); }
+  catch (error) { return fail(error); }                      // what stands there stays
+  start();
+}
+
+function hired() {
+  const one = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
+  one.onmessage = hear;
+  one.onerror = e => dismiss('expected the files worker.js, files.js, networks.js, noise.js, draw.js and ort.js beside this page, ' +
+    `got ${e.message ? `“${e.message}”` : 'one that does not load'}. Load this page again; if that does not help, write it anew.`);
+  return one;
+}
+
+// After an error the next wish starts from nothing: an engine that failed once refuses ever after
+function dismiss(why) {
+  worker.terminate();
+  worker = undefined;
+  files.clear();
+  fail(new Error(why));
 }
 
 function hear({ data }) {
   if (data.file) {
     files.add(data.file);
-    return say(`Loading the networks: ${files.size} of ${settings.networks}.`);
+    return failed || say(`Loading the networks: ${files.size} of ${settings.networks}.`);
   }
   if (data.run != run) return;                               // an older wish
-  if (data.error) return fail(new Error(data.error));
+  if (data.error) return dismiss(data.error);
   wish.images.push(address(data.image));
   show(wish);
   if (!data.last) return say(`Step ${data.i + 1} of ${settings.plan.timesteps.length}.`);
   good = wish;
-  keep();
+  keep(good);
   const seconds = (performance.now() - wish.began) / 1000;
-  say([`${run > 1 ? "Drawn" : "Loaded and drawn"} in ${seconds.toFixed(1)} s.`, ...wish.notes].join(' '));
+  say([`${run > 1 ? "Drawn" : "Loaded and drawn"} in ${seconds.toFixed(1)} s.`, ...wish.notes.map(sentence)].join(' '));
   document.body.dataset.drawn = run;
   document.body.dataset.seconds ??= ((performance.now() - began) / 1000).toFixed(2);
 }
 
 async function main() {
-  settings = await (await answer('settings.json')).json();
-  tokenizer = new Tokenizer(await (await answer('merges.txt')).text(), settings.tokenizer);
-  worker = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
-  worker.onmessage = hear;
-  worker.onerror = e => fail(new Error(e.message ||
-    'expected the files worker.js, networks.js and ort.js beside this page, got one that does not load. Write the page anew.'));
+  settings = await settingsOf('settings.json');
+  tokenizer = new Tokenizer(await textOf('merges.txt', '#version'), settings.tokenizer);
   const asked = new URLSearchParams(location.search);
   $('prompt').value = asked.get('prompt') ?? settings.prompt;
   $('seed').value = asked.get('seed') ?? settings.seed;
   $('count').textContent = settings.plan.timesteps.length;
   $('wish').addEventListener('submit', e => { e.preventDefault(); start(); });
-  $('other').addEventListener('click', () => {
-    $('seed').value = (Number($('seed').value) + 1 || 0) % 2 ** 32;
-    start();
-  });
+  $('other').addEventListener('click', another);
   start();
 }
 

@@ -79,7 +79,8 @@ function byteLetters() {
 }
 
 export class Tokenizer {
-  // `merges` is the text of merges.txt; `said` the `tokenizer` of settings.json
+  // `merges` is the text of merges.txt; `said` the `tokenizer` of settings.json, in which `runs` says how many
+  // embeddings in a row are zero, then how many are not, and so on
   constructor(merges, said) {
     this.said = said;
     this.letters = byteLetters();
@@ -90,6 +91,7 @@ export class Tokenizer {
     this.names = [...letters, ...letters.map(c => c + '</w>'), ...pairs.map(pair => pair.replace(' ', ''))];
     this.ids = new Map(this.names.map((name, id) => [name, id]));
     const special = Object.keys(said.special).sort((a, b) => b.length - a.length);
+    this.zeros = (said.runs ?? '').split(' ').flatMap((n, i) => Array(Number(n)).fill(i % 2 == 0));
     this.special = new RegExp(`(${special.map(s => s.replace(/[^\w<> ]/g, '\\$&')).join('|')})`);
   }
 
@@ -128,7 +130,15 @@ export class Tokenizer {
     const shown = ids.slice(start, stop).slice(0, 30);
     const more = ids.length - 1 - start - shown.length;
     return `expected at most ${n} tokens, got ${ids.length}: the text encoder will not see ` +
-      `“${this.decode(shown)}”${more ? ` and ${more} more tokens` : ''}. Shorten the prompt.`;
+      `“${this.decode(shown)}”${more ? ` and ${more} more tokens` : ''}. Shorten the prompt. ` +
+      'A token is a word or a piece of one; the start and the end count too.';
+  }
+
+  // Words of which a piece has no trained embedding, each once, as far as the text encoder reads
+  unseen(ids) {
+    const read = ids.slice(0, -1).slice(0, this.said.length - 1), ends = this.ends(read);
+    const words = ends.slice(1).map((end, i) => read.slice(ends[i], end));       // the first is the start token's
+    return [...new Set(words.filter(w => w.some(id => this.zeros[id])).map(w => this.decode(w)))];
   }
 
   name(id) { return this.names[id] ?? Object.keys(this.said.special).find(k => this.said.special[k][0] == id) + '</w>'; }
@@ -195,6 +205,12 @@ function tokensBefore(tokenizer, ids, text, up, unescape) {
   return up ? ends.find(e => e > same) ?? ids.length : Math.max(1, ...ends.filter(e => e <= same));
 }
 
+function neverSeen(words) {
+  const more = words.length > 10 ? ` and ${words.length - 10} more words` : '';
+  const shown = words.slice(0, 10).map(w => `“${w}”`).join(', ');
+  return words.length ? `this checkpoint has never seen ${shown}${more}; it draws anyway.` : '';
+}
+
 // What a prompt says: { ids, weights, notes }, 77 of either, and sentences about what is not as it was typed
 export function readPrompt(tokenizer, prompt, unescape = unescapeHtml) {
   const { text, marks } = readWeights(prompt);
@@ -208,5 +224,5 @@ export function readPrompt(tokenizer, prompt, unescape = unescapeHtml) {
   weights.fill(1, Math.min(all.length, ids.length) - 1);
   const garbled = looksGarbled(text) ? 'This text looks as if it was read in a wrong encoding. Python would mend it; ' +
     'this page takes it as it stands. Type it anew if it is not what you meant.' : '';
-  return { ids, weights, notes: [note, garbled].filter(Boolean) };
+  return { ids, weights, notes: [note, neverSeen(tokenizer.unseen(all)), garbled].filter(Boolean) };
 }

@@ -16,7 +16,6 @@ self.onmessage = async ({ data: { run, plan, prompt, seed } }) => {
       await pause();
     }
   } catch (error) {
-    networks = undefined;                                   // the next wish tries to load anew
     postMessage({ run, error: error.message });
   }
 };
