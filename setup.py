@@ -28,7 +28,7 @@ setup(
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=['sdlearn', 'sdlearn.*']),
     include_package_data=True, zip_safe=False,
-    package_data={'sdlearn': ['atlas/*', 'web/*', 'idea/digits.webp', 'checkpoint/**/*', 'checkpoint/*']},
+    package_data={'sdlearn': ['atlas/*', 'web/*', 'idea/digits.webp', 'adapt/study.json', 'checkpoint/**/*', 'checkpoint/*']},
     python_requires='>='+said['min_python'], install_requires=shlex.split(said['requirements']),
     extras_require={k: shlex.split(said[f'{k}_requirements']) for k in ('dev', 'docs', 'browser', 'export')},
     entry_points={'console_scripts': shlex.split(said['console_scripts'])},

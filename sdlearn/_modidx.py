@@ -153,6 +153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sdlearn.adapt.which.mirrored': ('which.html#mirrored', 'sdlearn/adapt/which.py'),
                                      'sdlearn.adapt.which.nearer': ('which.html#nearer', 'sdlearn/adapt/which.py'),
                                      'sdlearn.adapt.which.read_study': ('which.html#read_study', 'sdlearn/adapt/which.py'),
+                                     'sdlearn.adapt.which.recorded_study': ('which.html#recorded_study', 'sdlearn/adapt/which.py'),
                                      'sdlearn.adapt.which.references': ('which.html#references', 'sdlearn/adapt/which.py'),
                                      'sdlearn.adapt.which.renderings': ('which.html#renderings', 'sdlearn/adapt/which.py'),
                                      'sdlearn.adapt.which.seen': ('which.html#seen', 'sdlearn/adapt/which.py'),

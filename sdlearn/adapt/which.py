@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['untaught', 'wishes', 'five', 'starts', 'study_ways', 'Taught', 'draw_taught', 'mirrored', 'teach_word', 'teach_lora',
            'teach_dreambooth', 'teach_all', 'teach_edit', 'seen', 'renderings', 'seen_known', 'nearer', 'references',
-           'is_there', 'is_still_it', 'study_one', 'study', 'read_study', 'summary']
+           'is_there', 'is_still_it', 'study_one', 'study', 'read_study', 'summary', 'recorded_study']
 
 # %% ../../nbs/45_which.ipynb #039e8df0
 import json, time
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Callable
 import torch
@@ -317,3 +318,8 @@ def summary(
                                    for judge in ('encoder', 'pixels')}
         table[way]['n'] = len(found)
     return table
+
+# %% ../../nbs/45_which.ipynb #10b5e536
+def recorded_study()->dict: # As `read_study`, and 'weights': the fingerprint of the UNet's
+    "What the study counted on the weights in the box"
+    return read_json(Path(str(files('sdlearn')/'adapt'/'study.json')))
