@@ -3754,3 +3754,279 @@ def test_what_a_runtime_lacks_is_said(tmp_path):
         for name in ('ort.wasm.bundle.min.mjs', 'ort-wasm-simd-threaded.wasm'): tar.add(tmp_path/'a', f'package/dist/{name}')
     unpack_runtime(tmp_path/'whole.tgz', tmp_path)
     assert (tmp_path/'ort.js').read_text(encoding='utf8')==(tmp_path/'ort.wasm').read_text(encoding='utf8')=='x'
+
+# ---------------------------------------------------------------- what only we define, broken once on purpose
+
+@pytest.fixture(scope='module')
+def own(): # never changed
+    from sdlearn.load import load_sd
+    return load_sd(networks='own')
+
+def test_training_pictures_stand_upright_and_in_the_order_asked():
+    import numpy as np
+    from sdlearn.core import images_to_tensor
+    from sdlearn.pocket.captions import Scene
+    from sdlearn.pocket.pictures import batch_of
+    from sdlearn.pocket.scenes import draw
+    two = [draw(Scene(n)) for n in ('fox', 'car')]
+    assert_close(batch_of(np.stack([*map(np.asarray, two)]), [1, 0]), images_to_tensor(two[::-1]))
+
+def test_the_standard_view_is_not_turned():
+    import numpy as np
+    from sdlearn.pocket.atlas import cutout
+    from sdlearn.pocket.captions import Scene
+    from sdlearn.pocket.scenes import _colored, _drawn, _turned, render
+    for i in range(20):
+        rng = np.random.default_rng(i)
+        rgba = _colored(_drawn('fox', None, Scene('fox'), rng), None, Scene('fox'), rng)
+        assert np.array_equal(_turned(rgba, Scene('fox'), rng), cutout('fox', 0))
+    whole, small = (np.asarray(render('otter', 'neon', side=s)[0], float) for s in (128, 64))
+    assert np.abs(small-whole.reshape(64, 2, 64, 2, 3).mean((1, 3))).mean()<2
+
+def test_a_decoder_ends_as_its_average():
+    from sdlearn.pocket.codec import _settle
+    net = torch.nn.Linear(2, 2)
+    _settle(net, {k: torch.full_like(p, 3.) for k, p in net.named_parameters()})
+    assert all((p==3).all() for p in net.parameters())
+
+def test_what_the_recipe_starts_and_ends_with(tmp_path):
+    from unittest.mock import patch
+    from sdlearn.pocket import recipe
+    for name, p in recipe.new_networks()[1].text.named_parameters():
+        if p.ndim==2 and 'emb' not in name: assert abs(p.std()*p.shape[1]**.5-1)<.03, name
+    assert [recipe._settings(r, 'vae', 1.)['warmup'] for r in (recipe.Recipe(), recipe.tiny)]==[150, 2]
+    a = torch.nn.Linear(3, 3)
+    b = torch.nn.Linear(3, 3)
+    b.load_state_dict(a.state_dict())
+    assert all(torch.equal(x, y.half().float()) for x, y in zip(recipe._rounded(a).parameters(), b.parameters()))
+    told = []
+    def ask(unet, emb, scale): return told.append(emb[:, 0, 0].tolist()) or (lambda x, sigma, t: x/sigma)
+    with patch.multiple(recipe, noise_predictor=ask, decode=lambda vae, x: torch.zeros(len(x), 3, 8, 8)):
+        recipe.sheet(None, torch.nn.Linear(1, 1), torch.arange(4.)[:, None, None].expand(4, 2, 2), tmp_path/'a.png', n=2)
+    assert told==[[1, 2, 1, 2]]
+
+def test_the_command_gives_each_picture_its_seed(tmp_path, monkeypatch):
+    from PIL import Image
+    from sdlearn import cli, pipeline
+    from sdlearn.infotext import read_settings
+    from sdlearn.load import load_sd
+    true, calls = pipeline.txt2img, []
+    def remembers(*args, **kwargs):
+        calls.append(kwargs['seed'])
+        return true(*args, **kwargs)
+    monkeypatch.setattr(pipeline, 'txt2img', remembers)
+    def run(*args):
+        with pytest.raises(SystemExit) as e:
+            cli.main([*map(str, args)])
+            raise SystemExit(0)
+        assert e.value.code in (0, None)
+    run('a cat', '--n', 6, '--seed', 3, '--steps', 1, '--height', 16, '--width', 16, '-o', tmp_path/'a.png')
+    assert calls==[[3, 4, 5, 6], [7, 8]]
+    assert [read_settings(tmp_path/f'a-{i}.png')['seed'] for i in range(6)]==[3, 4, 5, 6, 7, 8]
+    run('a cat', '--n', 5, '--seed', 3, '--steps', 2, '--height', 16, '--width', 16, '--gif', tmp_path/'a.gif', '-o', tmp_path/'b.png')
+    with Image.open(tmp_path/'a.gif') as film: assert film.n_frames==2
+    for name in ('photo', 'hole'): Image.new('RGB', (16, 16), 'white').save(tmp_path/f'{name}.png')
+    asked = ('a cat', '--image', tmp_path/'photo.png', '--steps', 2)
+    run(*asked, '--mask', tmp_path/'hole.png', '-o', tmp_path/'part.png')
+    run(*asked, '-o', tmp_path/'whole.png')
+    assert [read_settings(tmp_path/f'{f}.png')['strength'] for f in ('part', 'whole')]==[1, .6]
+    for i in (1, 2): Image.new('RGB', (8*i, 8)).save(tmp_path/f'{i}.png')
+    monkeypatch.setattr(Path, 'iterdir', lambda self: iter([tmp_path/'2.png', tmp_path/'1.png']))
+    assert [im.width for im in cli._pictures_in(tmp_path)]==[8, 16]
+
+def test_settings_in_a_picture_as_others_read_them(tmp_path):
+    from PIL import Image
+    from sdlearn.infotext import infotext, save_picture
+    assert infotext(dict(prompt='a cat', seed=0, guidance_scale=0.), (8, 16)).endswith('CFG scale: 0.0, Seed: 0, Size: 8x16')
+    shown = [infotext(dict(sampler=s), (8, 8)).split(',')[0].strip() for s in ('euler', 'euler_ancestral', 'lms', 'pndm')]
+    assert shown==['Sampler: Euler', 'Sampler: Euler a', 'Sampler: LMS', 'Sampler: PLMS']
+    save_picture(Image.new('RGB', (8, 8)), tmp_path/'a.jpg', dict(prompt='a'))
+    assert max(Image.open(tmp_path/'a.jpg').quantization[0])<20
+
+def test_a_study_shows_what_it_does_not_judge_by():
+    from unittest.mock import patch
+    from sdlearn.adapt import which
+    asked, none = [], lambda *a, **k: []
+    with patch.multiple(which, teach_word=none, teach_lora=none, teach_dreambooth=none, renderings=lambda *a: asked.append(a)):
+        [*which._ways(None, 'orca', 2)]
+    assert asked==[('orca', 4, 20)]
+    taught = which.Taught('', None, None, 0, 1.)
+    with patch.multiple(which, draw_taught=lambda sd, t, said, seed: ['before' if t is which.untaught else 'after']*6,
+                        references=lambda *a: (0, 1), nearer=none, _counts=lambda r: 0, _judged=lambda *a: ({}, []),
+                        _ways=lambda *a: [('word', taught)], drift=lambda a, b: (a[0], b[0])):
+        rows, _ = which.study_one(None, 'orca', 0, None)
+    assert rows['word']['drift']==('before', 'after')
+    seeds = []
+    with patch.multiple(which, draw_taught=lambda sd, t, said, seed: seeds.append(seed) or [], nearer=none, is_there=none,
+                        is_still_it=none, _counts=none): which._judged(None, None, 'orca', 2, (0, 1))
+    assert seeds==[200, 250]
+    with patch.multiple(which, named_right=lambda im, s, kind, c: {(kind, 'clip'): [True], (kind, 'pixels'): [False]}):
+        found = which.is_there([None], 'orca', [*which.wishes][:1])
+    assert found['encoder'].tolist()==[True] and found['pixels'].tolist()==[False]
+
+def test_rulers_of_a_checkpoint(own):
+    from dataclasses import replace
+    from unittest.mock import patch
+    from sdlearn.judge import load_clip
+    from sdlearn.pocket import evaluate as ev
+    from sdlearn.pocket.atlas import subjects
+    from sdlearn.pocket.captions import Scene, caption
+    from sdlearn.pocket.scenes import draw
+    asked = [Scene('fox'), Scene('owl')]
+    assert ev.true_pictures(asked)==[draw(replace(s, seed=10**7+i)) for i, s in enumerate(asked)]
+    said, clip, two = ['a picture of a fox', 'a picture of a car'], load_clip(), [draw(Scene(n)) for n in ('fox', 'car')]
+    alone = sum(ev.clip_score([im], [s], clip) for im, s in zip(two, said))/2
+    assert abs(ev.clip_score(two, said, clip)-alone)<.002 and ev.clip_score(two, said[::-1], clip)<.6*alone
+    numbers = iter(range(9))
+    with patch.object(ev, 'psnr', lambda y, x: float(next(numbers))): found = ev.evaluate_vae(own.vae, 9, 1)
+    assert found['psnr']==4 and found['error']==round(7.5**.5/3, 2)
+    with patch.object(ev, 'specks', lambda x, back, limit: torch.arange(len(x))<(1 if limit==.2 else 3)):
+        found = ev.evaluate_vae(own.vae, 2, 4)
+    assert (found['specks'], found['faint'])==(1, 2)
+    flat = torch.zeros(1, 3, 128, 128)
+    broad = flat.clone()
+    broad[..., 108:118, 4:14] = .5
+    assert ev.specks(flat, broad, limit=.45) and not ev.specks(flat, flat)
+    assert ev._some(4)==subjects()[:120:30] and len(ev._some(48))==48 and len(ev._some(121))==121
+    assert ev.student_prompts(9)[::4]==[caption(Scene(n)) for n in subjects()[:3]]
+
+def test_what_explorers_show():
+    from sdlearn.explore import _channel, _points, _toy
+    import numpy as np
+    assert np.asarray(_channel(torch.tensor([[-4., 0., 9.]]), 3))[0, :, 0].tolist()==[0, 128, 255]
+    x, s = torch.randn(9, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(), 1.5
+    log_p = (-(x[:, None]-_points).square().sum(-1)/(2*s**2)).logsumexp(1).sum()
+    assert_close(_toy(x, s, 0).detach(), -s*torch.autograd.grad(log_p, x)[0])
+
+def test_films_and_grids(tmp_path):
+    from PIL import Image
+    from sdlearn.core import image_grid, save_animation
+    tints = [Image.new('RGB', (32, 32), c) for c in ('red', 'green', 'blue', 'white')]
+    with Image.open(save_animation(tints, tmp_path/'t.gif', fps=4, hold=1.)) as gif:
+        times = [gif.seek(i) or gif.info['duration'] for i in range(gif.n_frames)]
+    assert times==[250]*3+[1250]
+    assert [image_grid(tints[:1]*n).size for n in (2, 5, 9)]==[(64, 32), (96, 64), (96, 96)]
+
+def test_a_page_is_told_the_plan_as_it_is(own):
+    from unittest.mock import patch
+    import numpy as np
+    onnx = pytest.importorskip('onnx')
+    from sdlearn import page
+    from sdlearn.load import load_sd
+    w = np.random.default_rng(0).normal(size=(30, 40)).astype(np.float32)
+    init = onnx.numpy_helper.from_array(w, 'w')
+    scale, *_ = page._halved(onnx, init)
+    step = onnx.numpy_helper.to_array(scale)
+    assert (abs(onnx.numpy_helper.to_array(init)*step-w)<=.51*step).all()
+    sd = load_sd(networks='own', fast=True)
+    plan = page.page_plan(sd)
+    with patch.object(page, 'plan_for', lambda sd: plan._replace(sigmas=[*plan.sigmas[:-1], .02])):
+        with pytest.raises(ValueError, match='without guidance'): page.page_plan(sd)
+    with patch.object(page, 'page_plan', lambda sd: plan._replace(start_std=15.)):
+        assert page.page_settings(sd, 'a', 1, 'sketch')['plan']['start_std']==15
+
+def test_every_path_has_a_noise_of_its_own_and_the_scale_it_was_made_for(own, tmp_path):
+    from sdlearn.core import seeded_noise
+    from sdlearn.fast.student import Made, teacher_paths, write_paths
+    from sdlearn.text import embed_prompts
+    one, two = (write_paths(own, ['A cat']*2, tmp_path/str(bs), bs=bs)[0] for bs in (1, 2))
+    assert not torch.equal(two[0], two[1])
+    assert_close(two.float(), one.float(), atol=.02, rtol=0)
+    emb = embed_prompts(own.tokenizer, own.text_encoder, ['', 'A cat'])
+    noise = seeded_noise((4, 16, 16), [1])
+    assert_close(teacher_paths(own, emb, noise, Made(folded=1.)), teacher_paths(own, emb[1:].repeat(2, 1, 1), noise), atol=1e-3, rtol=0)
+
+def test_a_judge_is_read_anew_when_a_file_of_its_changes(tmp_path):
+    from sdlearn.judge import load_clip
+    from sdlearn.load import pocket_path
+    for part in ('clip', 'text_encoder', 'tokenizer'): shutil.copytree(pocket_path()/part, tmp_path/part)
+    for file in ('clip/model.safetensors', 'text_encoder/model.safetensors', 'tokenizer/merges.txt'):
+        first = load_clip(tmp_path)
+        os.utime(tmp_path/file, (1, 1))
+        assert load_clip(tmp_path) is not first, file
+    assert_close(load_clip().text_features(['a cat', 'two dogs']).norm(dim=-1), torch.ones(2))
+
+def test_a_checkpoint_in_two_precisions_and_a_student_of_another_schedule(tmp_path, own):
+    from dataclasses import replace
+    from safetensors.torch import load_file, save_file
+    from sdlearn import load
+    shutil.copytree(load.pocket_path(), tmp_path/'m')
+    file = tmp_path/'m'/'unet'/'diffusion_pytorch_model.safetensors'
+    save_file({k: torch.zeros_like(v) for k, v in load_file(file).items()}, file.with_name('diffusion_pytorch_model.fp16.safetensors'))
+    half, full = (load.load_sd(tmp_path/'m', dtype=k, networks='own') for k in (torch.float16, torch.float32))
+    assert not half.unet.conv_in.weight.any() and full.unet.conv_in.weight.any()
+    assert not any(m.training for net in (full.text_encoder, full.vae, full.unet) for m in net.modules())
+    assert load._put_student(replace(full, path=load.pocket_path(), schedule=replace(full.schedule, beta_end=.02)), True).schedule.beta_end==.02
+    sd = load.load_sd(fast=True, networks='own')
+    sd = replace(sd, schedule=replace(sd.schedule, timestep_spacing='linspace'))
+    assert load.load_sd(sd.save(tmp_path/'mine'), networks='own').schedule.timestep_spacing=='linspace'
+
+def test_a_lora_hears_schedule_seed_and_half_precision():
+    from dataclasses import replace
+    from sdlearn.adapt.lora import all_layers, learn_lora, lora_loss, merge_lora
+    from sdlearn.schedule import SD_V1
+    from sdlearn.train import batch_rng
+    unet = small_unet()
+    width = unet.config.cross_attention_dim
+    g = torch.Generator().manual_seed(0)
+    z, words = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 77, width, generator=g)
+    a, b = (lora_loss(z, words, 2, s)(unet, batch_rng(0, 0)) for s in (SD_V1, replace(SD_V1, beta_end=.05)))
+    assert abs(a-b)>1e-4
+    a, b = (learn_lora(unet, lambda net, g: 0, 0, seed=s, progress=False) for s in (0, 1))
+    assert not any(torch.equal(p.down, b[k].down) for k, p in a.items())
+    pairs = {k: replace(p, up=torch.randn(p.up.shape, generator=g)*.1) for k, p in a.items()}
+    layers = all_layers(unet.half())
+    right = {k: (layers[k[5:]].weight.float()+.3*p.change(layers[k[5:]].weight)).half() for k, p in pairs.items()}
+    merge_lora(pairs, .3, unet=unet)
+    assert all(torch.equal(layers[k[5:]].weight, w) for k, w in right.items())
+
+def test_rulers_of_digits_and_pictures():
+    from torch.nn import functional as F
+    from sdlearn.guidance import contrast_loss
+    from sdlearn.idea.autoencoder import psnr
+    from sdlearn.idea.contrast import ImageEncoder, retrieval
+    from sdlearn.idea.noise import SmallUNet
+    from sdlearn.idea.score import scramble, shift
+    assert retrieval(torch.tensor([[1., 0.], [.9, .9]]), torch.tensor([[1., 0.], [.5, .1]]))==(.5, 1.)
+    net, x = ImageEncoder(), torch.randn(1, 3, 128, 128)
+    assert_close(net(x).detach(), net(F.avg_pool2d(x, 2)).detach())
+    x = torch.zeros(2, 3, 8, 8)
+    assert abs(psnr(x+torch.tensor([.02, .2])[:, None, None, None], x)-30)<1e-3
+    white = torch.ones(1, 3, 8, 8)
+    stripes = white.clone()
+    stripes[..., ::2] = 0
+    both = contrast_loss(torch.cat([white, stripes]), 0.)
+    assert_close(both, (contrast_loss(white, 0.)+contrast_loss(stripes, 0.))/2)
+    g = torch.Generator().manual_seed(0)
+    assert (shift(-torch.ones(9, 1, 8, 8), g, 3)==-1).all()
+    a, b = scramble(torch.arange(64.).view(1, 1, 8, 8).repeat(2, 1, 1, 1), g)
+    assert not torch.equal(a, b) and a.flatten().sort().values.equal(b.flatten().sort().values)
+    net, x = SmallUNet(), torch.randn(1, 1, 28, 28, generator=g)
+    torch.nn.init.zeros_(net.up.weight)                       # all that is left comes over the bridge
+    a, b = (net(v, torch.ones(1)).detach()-v/2**.5 for v in (x, x.flip(3)))
+    assert not torch.allclose(a, b, atol=1e-4)
+
+def test_a_guided_student_obeys_its_schedule():
+    from dataclasses import replace
+    from sdlearn.denoiser import as_noise
+    from sdlearn.fast.guided import GuidedUNet, guided_predictor
+    from sdlearn.schedule import SD_V1, scale_input
+    net = GuidedUNet(small_unet())
+    x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 77, net.config.cross_attention_dim)
+    plain, v = (guided_predictor(net, words, 3., s)(x, 2., 500.).detach()
+                for s in (SD_V1, replace(SD_V1, prediction_type='v_prediction')))
+    assert_close(v, as_noise(plain, scale_input(x, 2.), 2., 'v_prediction'))
+
+def test_a_bad_step_leaves_the_average_alone():
+    from sdlearn.train import train_steps
+    p, calls = torch.nn.Parameter(torch.ones(1)), []
+    def loss(g):
+        calls.append(1)
+        return p.sum()*(1. if len(calls)<3 else float('nan'))
+    met = [(s.good, s.averaged['p'].clone()) for s in train_steps(loss, dict(p=p), 3, warmup=0)]
+    assert [g for g, _ in met]==[True, True, False] and torch.equal(met[1][1], met[2][1])
+
+def test_a_whole_file_goes_before_its_parts():
+    from sdlearn.folders import _best
+    parts = ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    assert _best(['model.safetensors', *parts], None)==['model.safetensors'] and _best(parts, None)==parts

@@ -387,7 +387,7 @@ def _shares(sd, n, **kw): # by name, e.g. 'style, held out'; the sheets
         sheets[name] = framed(images, right)
     return rows, sheets
 
-def _some(n): return subjects(core)[::core//n][:n]
+def _some(n): return subjects(core)[::core//n][:n] if n<=core else subjects(n)
 
 def _measure(sd, n, **kw): # the numbers, the sheets
     shares, sheets = _shares(sd, n, **kw)
