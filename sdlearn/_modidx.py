@@ -253,7 +253,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdlearn.core.as_folder': ('core.html#as_folder', 'sdlearn/core.py'),
                               'sdlearn.core.as_path': ('core.html#as_path', 'sdlearn/core.py'),
                               'sdlearn.core.as_rgb': ('core.html#as_rgb', 'sdlearn/core.py'),
-                              'sdlearn.core.blank': ('core.html#blank', 'sdlearn/core.py'),
                               'sdlearn.core.check_number': ('core.html#check_number', 'sdlearn/core.py'),
                               'sdlearn.core.check_tensor': ('core.html#check_tensor', 'sdlearn/core.py'),
                               'sdlearn.core.expect_error': ('core.html#expect_error', 'sdlearn/core.py'),

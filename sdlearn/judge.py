@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import as_path, blank, check_number, images_to_tensor, whole
+from .core import as_path, check_number, images_to_tensor, seeded, whole
 from .idea.contrast import ImageEncoder
 from .load import load_own, pocket_path
 from .text import TextEncoder, encode_tokens
@@ -52,7 +52,8 @@ def _stamps(folder): # when each file was written, and its size: other numbers w
     return tuple(f.st_mtime_ns for f in files), tuple(f.st_size for f in files)
 
 def _image_encoder(folder, state):
-    net = blank(ImageEncoder, **json.loads((folder/'config.json').read_text(encoding='utf8')))
+    config = json.loads((folder/'config.json').read_text(encoding='utf8'))
+    with seeded(0): net = ImageEncoder(**config)
     net.load_state_dict({k.removeprefix('image.'): v
                          for k, v in state.items() if k.startswith('image.')})
     return net

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from .adapt.inversion import add_words, read_words, with_words, write_words
 from .configs import latent_side, sd_v1
-from .core import as_path, blank, check_number
+from .core import as_path, check_number, seeded
 from .folders import (check_folder, find_checkpoint, pieces, pocket_path, predicts,
                              read_json, split_file, weights_file, weights_files, write_weights)
 from .schedule import SD_V1, Schedule, read_schedule
@@ -51,7 +51,7 @@ def load_own(
 ):                     # The network in float32 with its weights
     "One of the lessons' networks with a checkpoint's weights"
     from safetensors.torch import load_file
-    net, state = blank(cls, read_json(folder/'config.json')), {}
+    with seeded(0): net, state = cls(read_json(folder/'config.json')), {}
     for file in weights_files(folder, variant): state |= load_file(file)
     return _fill(net, state, folder/'config.json')
 
@@ -201,7 +201,8 @@ def check_dtype(
 def _load_file(file, networks): # one file of SD 1.x; the words are pocket's, which are CLIP's
     states = split_file(file)
     if networks=='own':
-        nets = [_fill(blank(cls, sd_v1[p]), states[p], file.name) for p, cls in _ours.items()]
+        with seeded(0): empty = {p: cls(sd_v1[p]) for p, cls in _ours.items()}
+        nets = [_fill(net, states[p], file.name) for p, net in empty.items()]
         return Tokenizer.from_folder(pocket_path()/'tokenizer'), *nets
     from transformers import CLIPTextConfig, CLIPTextModel
     from diffusers import AutoencoderKL, UNet2DConditionModel

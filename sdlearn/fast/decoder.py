@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..configs import Known, read_config
-from ..core import as_path, blank, check_number, check_tensor, whole
+from ..core import as_path, check_number, check_tensor, seeded, whole
 from ..folders import pocket_path, read_json, weights_file
 from ..vae import decode, encode
 
@@ -172,7 +172,8 @@ def load_small(
     if not (folder/'config.json').exists():
         raise ValueError(f"expected a folder with a config.json of AutoencoderTiny, got "
                          f"{folder.name!r}, which has none. Without a path, pocket's is loaded.")
-    net, state = blank(TinyVAE, read_json(folder/'config.json')), load_file(weights_file(folder))
+    with seeded(0): net = TinyVAE(read_json(folder/'config.json'))
+    state = load_file(weights_file(folder))
     try: net.load_state_dict(state)
     except RuntimeError:
         raise ValueError(f"expected weights that fit {folder.name}/config.json, got "
