@@ -1015,6 +1015,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sdlearn.sample._in_log': ('sample.html#_in_log', 'sdlearn/sample.py'),
                                 'sdlearn.sample._timesteps': ('sample.html#_timesteps', 'sdlearn/sample.py'),
                                 'sdlearn.sample._watch': ('sample.html#_watch', 'sdlearn/sample.py'),
+                                'sdlearn.sample.begins_late': ('sample.html#begins_late', 'sdlearn/sample.py'),
                                 'sdlearn.sample.ddim': ('sample.html#ddim', 'sdlearn/sample.py'),
                                 'sdlearn.sample.ddim_step': ('sample.html#ddim_step', 'sdlearn/sample.py'),
                                 'sdlearn.sample.ddpm': ('sample.html#ddpm', 'sdlearn/sample.py'),

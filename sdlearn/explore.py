@@ -20,7 +20,7 @@ from .fast.decoder import load_small
 from .folders import pocket_path
 from .pipeline import check_inputs, denoise, native_size, plan_for, unseen_words
 from .pipeline import start_step as first_step
-from .sample import make_plan, noise_from, sample, samplers as nine
+from .sample import begins_late, make_plan, noise_from, sample, samplers as nine
 from .schedule import SD_V1, scale_input
 from .text import embed_prompts, mix as mixed
 from .tokenizer import all_ids, read_weights
@@ -235,10 +235,11 @@ def _unheard(guidance, negative): # what has no effect at this scale
     if guidance==0: yield 'at guidance 0 the prompt is not heard'
     if guidance==1 and negative.strip(): yield 'at guidance 1 the negative prompt is not heard'
 
-def _late(plan): # a word when a plan leaves the noisy beginning out
-    if plan.timesteps[0]<.7*SD_V1.num_train_timesteps:
-        return (f'these steps begin at timestep {plan.timesteps[0]:.0f} of 1000, where a picture '
-                'should be seen already: take more')
+def _late(sd, plan): # a word when a plan leaves the noisy beginning out
+    if begins_late(plan.timesteps, sd.schedule):
+        return (f'these steps begin at timestep {plan.timesteps[0]:.0f} of '
+                f'{sd.schedule.num_train_timesteps}, where a picture should be seen already: '
+                'take more')
 
 def prompt(
     sd,                                    # `SD` bundle
@@ -251,7 +252,8 @@ def prompt(
     def draw(prompt, seed, negative='', steps=usual, guidance=sd.guidance_scale, sampler=way):
         check_inputs([prompt], steps, guidance)
         emb, note = _read(sd, negative, prompt)
-        note = _joined(note, *_unheard(guidance, negative), _late(plan_for(sd, sampler, steps)))
+        plan = plan_for(sd, sampler, steps)
+        note = _joined(note, *_unheard(guidance, negative), _late(sd, plan))
         def pictures(sd, n, **where):
             eps_fn = noise_predictor(sd, emb, guidance, **where)
             return appearing(sd, eps_fn, [seed], n, sampler)
@@ -461,13 +463,14 @@ def samplers(
 ):
     "Forty dots walk from noise to three points"
     check_number(seed, 'a seed', 0, 2**32-1, whole)
-    true = _dots(seed, 'euler', 1000)[-1].x_next
+    @cache
+    def true(): return _dots(seed, 'euler', 1000)[-1].x_next
     def draw(sampler, steps, step):
         walked = _dots(seed, sampler, steps)
         paths = [w.x for w in walked]+[walked[-1].x_next]
         sigmas = [w.sigma for w in walked]+[0.]
         k = min(step, len(walked))
-        away = (paths[-1]-true).norm(dim=-1).mean()
+        away = (paths[-1]-true()).norm(dim=-1).mean()
         yield _walk(paths, sigmas, k), (f'after {k} of {len(walked)} model calls: sigma '
                                         f'{sigmas[k]:.2f}; at the end, {away:.2f} on average '
                                         'from where a thousand steps end')

@@ -63,11 +63,12 @@ def _load_ours(folder, variant):
 
 def _load_piece(cls, folder, variant):
     "One of the ecosystem's networks; none of its weights may be missing"
-    if len(weights_files(folder, variant))>1 and not [*folder.glob('*.index*.json')]:
+    parts = weights_files(folder, variant)
+    if len(parts)>1 and not [*folder.glob('*.index*.json')]:
         raise ValueError(f"expected a .safetensors.index.json beside the parts of the weights in "
                          f"{folder}, where diffusers looks for their names, found none. Download "
                          "it again, or load with networks='own'.")
-    kind = 'fp16' if '.fp16' in weights_file(folder, variant).name else None
+    kind = 'fp16' if '.fp16' in parts[0].name else None
     net, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
                                     variant=kind)
     missing, more = ([k for k in info[f'{what}_keys'] if 'position_ids' not in k]

@@ -18,7 +18,7 @@ from typing import Callable
 import numpy as np, torch
 from PIL import Image
 from torch import nn
-from .core import as_folder, as_path, check_number, real, whole, whole_file
+from .core import as_folder, as_path, check_number, real, seeded, whole, whole_file
 
 # %% ../nbs/91_train.ipynb #3d06d697
 def batch_rng(
@@ -158,8 +158,7 @@ def _seeded(loss_fn, rng, device, precision):
     "The loss, with torch's own random numbers following from the step's generator too"
     kind = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     half = torch.autocast(device.type, dtype=kind) if kind else nullcontext()
-    with torch.random.fork_rng([device] if device.type=='cuda' else []), half:
-        torch.manual_seed(rng.initial_seed())
+    with seeded(rng.initial_seed(), [device] if device.type=='cuda' else []), half:
         return loss_fn(rng)
 
 def _update(loss, params, opt, scaler):
