@@ -231,6 +231,24 @@ def sketched(
         yield sketch
     yield from draw(sd, steps)
 
+def _weights(net): return tuple((id(p), p._version) for p in net.parameters())
+
+def _remembering(): # a `noise_predictor` that asks only once above the levels where it guides
+    last = {}
+    def predictor(sd, emb, scale, guidance_interval=None):
+        eps_fn = noise_predictor(sd, emb, scale, guidance_interval)
+        if guidance_interval is None: return eps_fn
+        def ask(x, sigma, t):
+            if sigma<=guidance_interval[1]: return eps_fn(x, sigma, t)
+            seen = [v.float().cpu().numpy().tobytes() for v in (x, emb.chunk(2)[1])]
+            key = (sigma, *seen, _weights(sd.unet))
+            if key not in last:
+                last.clear()
+                last[key] = eps_fn(x, sigma, t)
+            return last[key]
+        return ask
+    return predictor
+
 def _unheard(guidance, negative): # what has no effect at this scale
     if guidance==0: yield 'at guidance 0 the prompt is not heard'
     if guidance==1 and negative.strip(): yield 'at guidance 1 the negative prompt is not heard'
@@ -249,13 +267,14 @@ def prompt(
     "A picture, redrawn as you move; a student's steps, sampler and guidance are fixed"
     _check(sd, [text], [seed])
     usual, way = _way(sd, 20)
+    predictor = _remembering()
     def draw(prompt, seed, negative='', steps=usual, guidance=sd.guidance_scale, sampler=way):
         check_inputs([prompt], steps, guidance)
         emb, note = _read(sd, negative, prompt)
         plan = plan_for(sd, sampler, steps)
         note = _joined(note, *_unheard(guidance, negative), _late(sd, plan))
         def pictures(sd, n, **where):
-            eps_fn = noise_predictor(sd, emb, guidance, **where)
+            eps_fn = predictor(sd, emb, guidance, **where)
             return appearing(sd, eps_fn, [seed], n, sampler)
         for picture in sketched(pictures, sd, steps): yield picture, note
     controls = dict(prompt=_words('prompt', text), seed=_seed(seed))
@@ -413,11 +432,12 @@ def guidance(
         raise ValueError("expected a checkpoint that hears guidance, got a student, which has a "
                          f"scale of {sd.folded:g} in its weights. Take load_sd() without fast.")
     (steps, sampler), above = _way(sd, 16), []
+    predictor = _remembering()
     def draw(prompt, scale):
         both, note = _read(sd, '', prompt)
         emb = both.repeat_interleave(len(seeds), 0)
         def row(sd, n, scale=scale, **where):
-            eps_fn = noise_predictor(sd, emb, scale, **where)
+            eps_fn = predictor(sd, emb, scale, **where)
             return appearing(sd, eps_fn, seeds, n, sampler, every=8)
         if not above or above[0]!=prompt:
             for plain in row(sd, steps, 1.): pass
