@@ -781,7 +781,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sdlearn.pocket.codec.denoised': ('codec.html#denoised', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.device_of': ('codec.html#device_of', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.drawn': ('codec.html#drawn', 'sdlearn/pocket/codec.py'),
-                                      'sdlearn.pocket.codec.edges': ('codec.html#edges', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.fading': ('codec.html#fading', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.hasten': ('codec.html#hasten', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.hinge': ('codec.html#hinge', 'sdlearn/pocket/codec.py'),

@@ -10,12 +10,11 @@ import importlib, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from torch import Tensor, nn
+from torch import nn
 from ..configs import latent_side
 from ..core import as_folder, as_path, check_number, whole, whole_file
 from ..text import text_core
 from ..unet import check_shapes
-from ..vae import VAE
 
 # %% ../../nbs/56_export.ipynb #ff506ad6
 def need(

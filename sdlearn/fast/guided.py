@@ -7,7 +7,7 @@ __all__ = ['guidance_features', 'check_scales', 'GuidedUNet', 'Answers', 'teache
            'strength_loss']
 
 # %% ../../nbs/51_guided.ipynb #ebe2d16d
-import copy, math
+import copy
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 import torch
@@ -19,7 +19,7 @@ from ..denoiser import as_noise, noise_predictor
 from .progressive import two_answers
 from ..guidance import cfg
 from ..sample import Plan, sample
-from ..schedule import SD_V1, Schedule, add_noise, scale_input
+from ..schedule import SD_V1, Schedule, scale_input
 
 # %% ../../nbs/51_guided.ipynb #f46944bd
 def guidance_features(

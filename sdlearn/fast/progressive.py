@@ -16,7 +16,7 @@ from ..core import check_tensor
 from ..denoiser import as_noise, check_kind, noise_loss
 from ..guidance import cfg, check_scale
 from ..sample import Plan, ddim, ddim_step, make_plan
-from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_like
+from ..schedule import Schedule, add_noise, scale_input, sigma_like
 from ..train import fit
 
 # %% ../../nbs/50_progressive.ipynb #64a70cc2
