@@ -14,7 +14,7 @@ import numpy as np, torch
 from PIL import Image
 from .attention import attention_maps, token_places, word_map
 from .configs import latent_side
-from .core import as_rgb, check_number, image_grid, images_to_tensor, whole
+from .core import as_rgb, check_number, file_bytes, image_grid, images_to_tensor, whole
 from .denoiser import noise_predictor
 from .fast.decoder import load_small
 from .folders import pocket_path
@@ -76,15 +76,10 @@ class Painter:
         if thread := self.thread: thread.join(seconds)
 
 # %% ../nbs/70_explore.ipynb #4e27ffe1
-def _png(image): # its bytes
-    out = io.BytesIO()
-    image.save(out, 'PNG', compress_level=1)
-    return out.getvalue()
+def _png(image): return file_bytes(image, compress_level=1)
 
-def _jpeg(png): # a lighter file, for the page that stays
-    out = io.BytesIO()
-    Image.open(io.BytesIO(png)).save(out, 'JPEG', quality=88)
-    return out.getvalue()
+def _jpeg(png): # lighter, for the page that stays
+    return file_bytes(Image.open(io.BytesIO(png)), 'JPEG', quality=88)
 
 def _has_kernel(): # is there a notebook whose page can talk back?
     from IPython import get_ipython
