@@ -4029,3 +4029,51 @@ def test_a_whole_file_goes_before_its_parts():
     from sdlearn.folders import _best
     parts = ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     assert _best(['model.safetensors', *parts], None)==['model.safetensors'] and _best(parts, None)==parts
+
+def packages_of(folder): # six sets that draw a fox (two of them alike), a swan and an orca; CLDR knows some more
+    from sdlearn.pocket.emoji import sets
+    names = {'😀': 'grinning face', '🐵': 'monkey face', '🦊': 'fox', '🦢': 'swan', '🦤': 'dodo', '🚩': 'triangular flag',
+             '🧃': 'beverage box', '🏧': 'ATM sign', '🪩': 'mirror ball', '🪷': 'lotus', '🪸': 'coral', '🪹': 'empty nest',
+             '🪺': 'nest with eggs', '🛝': 'playground slide', '🛞': 'wheel', '🛟': 'ring buoy', '🫘': 'beans', '🫙': 'jar', '🧌': 'troll'}
+    words = {'🦢': ['swan', 'white swan', 'bird'], '🦤': ['bird', 'dodo bird'], '🧃': ['juice box', 'beverage', 'box']}
+    said = {c: dict(tts=[n], default=words[c]) if c in words else dict(tts=[n]) for c, n in names.items()}
+    files = {'cldr-annotations-full/annotations/en/annotations.json': dict(annotations=dict(annotations=said)),
+             'cldr-annotations-derived-full/annotationsDerived/en/annotations.json':
+                 dict(annotationsDerived=dict(annotations={'🏳': dict(default=['a word, and no name'])}))}
+    for k, name in enumerate(sets):
+        drawn = dict(fox={'body': f'fox {max(k, 1)}'}, swan=dict(body='swan 0'), orca=dict(body='orca 0'))
+        files[f'@iconify-json/{name}/icons.json'] = dict(icons=drawn)
+        files[f'@iconify-json/{name}/chars.json'] = {'1f98a': 'fox', '1f9a2': 'swan', '1facd': 'orca'}
+    for name, what in files.items():
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_text(json.dumps(what), encoding='utf8')
+
+def test_an_atlas_is_made_from_packages(tmp_path, monkeypatch):
+    import numpy as np
+    from PIL import Image
+    from sdlearn.pocket import emoji
+    from sdlearn.pocket.atlas import cell
+    packages_of(tmp_path/'modules')
+    def plain(icon, icons): # a square in a colour of its own; a transparent rim
+        what, k = icon['body'].split()
+        im = Image.new('RGBA', (256, 256))
+        im.paste((40*int(k), dict(fox=0, swan=120, orca=240)[what], 60, 255), (20, 20, 236, 236))
+        return im
+    monkeypatch.setattr(emoji, 'rasterize', plain)
+    emoji.make_atlas(tmp_path/'modules', tmp_path/'a'/'b')
+    read = {n: json.loads((tmp_path/'a'/'b'/f'{n}.json').read_text(encoding='utf8')) for n in ('subjects', 'unseen', 'atlas')}
+    assert '🦊' in (tmp_path/'a'/'b'/'subjects.json').read_text(encoding='utf8')       # to be read by people, too
+    rows = {r['char']: r for r in read['subjects']}
+    assert [r['char'] for r in read['subjects'][:2]]==['🐶', '🐱'] and len(rows)==len(read['subjects'])
+    # beyond the core: what is a thing and no sign; a keyword that ends as the name does is a name, too
+    chars = [*rows]
+    assert chars[chars.index('🦢'):][:4]==['🦢', '🦤', '🧃', '🪩'] and '🚩' not in rows and '😀' not in rows
+    assert chars.count('🦊')==1 and rows['🦢']['names']==['swan', 'white swan'] and rows['🧃']['names']==['beverage box', 'box']
+    assert rows['🦊']['designs']==emoji.sets[1:] or rows['🦊']['designs']==[emoji.sets[0], *emoji.sets[2:]]
+    assert rows['🦢']['designs']==emoji.sets[:1] and rows['🐶']['designs']==[]
+    sheet = np.asarray(Image.open(tmp_path/'a'/'b'/'atlas.webp').convert('RGBA')).astype(int)
+    for char, red, green in [('🦊', 40, 0), ('🦢', 0, 120)]:
+        y, x = (cell*k for k in divmod(rows[char]['at'], 60))
+        assert np.abs(sheet[y+cell//2, x+cell//2]-(red, green, 60, 255)).max()<12, char
+    assert next(r for r in read['unseen'] if r['char']=='🫍')['designs']==emoji.sets   # none is left out for being alike
+    assert read['atlas']==dict(version=emoji.version)
