@@ -17,7 +17,7 @@ def cells(path, kind='code'):
 
 # ---------------------------------------------------------------- structure
 
-rooms = '''configs core folders train tokenizer attention text vae unet schedule guidance denoiser adapt.inversion adapt.lora schedulers
+rooms = '''configs core folders train tokenizer attention text vae schedule unet guidance denoiser adapt.inversion adapt.lora schedulers
     sample fast.progressive fast.guided fast.student fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
@@ -688,8 +688,8 @@ def test_recipes_are_refused_in_words(tmp_path):
     from dataclasses import replace
     from sdlearn.pocket.recipe import check_place, check_recipe, claim, tiny
     check_recipe(tiny)
-    for odd, said in ((dict(unet_steps=0), 'unet_steps of at least 1, got 0'), (dict(image_bs=1), 'image_bs of at least 2'),
-                      (dict(processes=-2), 'processes of 0 or more')):
+    for odd, said in ((dict(unet_steps=0), 'unet_steps as a whole number of 1 or more, got 0'), (dict(image_bs=1), 'image_bs as a whole number of 2 or more'),
+                      (dict(processes=-2), 'processes as a whole number of 0 or more')):
         with pytest.raises(ValueError, match=said): check_recipe(replace(tiny, **odd))
     check_recipe(replace(tiny, vae_steps=0, clip_steps=0, unet_steps=0), 'a folder')
     with pytest.raises(ValueError, match='only as they were'): check_recipe(replace(tiny, unet_steps=0), 'a folder')
@@ -878,8 +878,9 @@ def test_clip_loss_shows_the_encoder_what_it_was_trained_on():
     from sdlearn.guidance import clip_loss
     seen = []
     def encoder(x): return seen.append(x) or x.flatten(1)[:, :4]
-    loss = clip_loss(torch.tensor([0., .5, 1., 1.]).view(1, 1, 2, 2), encoder, torch.tensor([[-1., 0., 1., 1.]]))
-    assert_close(seen[0].flatten(), torch.tensor([-1., 0., 1., 1.]))
+    grey = torch.tensor([0., .5, 1., 1.]).view(1, 1, 2, 2).expand(-1, 3, -1, -1)
+    loss = clip_loss(grey, encoder, torch.tensor([[-1., 0., 1., 1.]]))
+    assert_close(seen[0][:, 2].flatten(), torch.tensor([-1., 0., 1., 1.]))
     assert_close(loss, torch.tensor(0.))
 
 def test_losses_push_downhill_when_they_should():
@@ -3783,9 +3784,9 @@ def test_the_standard_view_is_not_turned():
     assert np.abs(small-whole.reshape(64, 2, 64, 2, 3).mean((1, 3))).mean()<2
 
 def test_a_decoder_ends_as_its_average():
-    from sdlearn.pocket.codec import _settle
+    from sdlearn.train import put
     net = torch.nn.Linear(2, 2)
-    _settle(net, {k: torch.full_like(p, 3.) for k, p in net.named_parameters()})
+    put(dict(net.named_parameters()), {k: torch.full_like(p, 3.) for k, p in net.named_parameters()})
     assert all((p==3).all() for p in net.parameters())
 
 def test_what_the_recipe_starts_and_ends_with(tmp_path):
@@ -4077,3 +4078,183 @@ def test_an_atlas_is_made_from_packages(tmp_path, monkeypatch):
         assert np.abs(sheet[y+cell//2, x+cell//2]-(red, green, 60, 255)).max()<12, char
     assert next(r for r in read['unseen'] if r['char']=='🫍')['designs']==emoji.sets   # none is left out for being alike
     assert read['atlas']==dict(version=emoji.version)
+
+# ---------------------------------------------------------------- found by reading
+
+def test_a_training_alone_stays_where_its_network_is(monkeypatch):
+    from types import SimpleNamespace
+    from sdlearn import train
+    elsewhere = SimpleNamespace(device=torch.device('meta'), num_processes=1, process_index=0,
+                                is_main_process=True)   # as beside a GPU
+    monkeypatch.setattr(train, 'processes', lambda: elsewhere)
+    net = torch.nn.Linear(2, 1)
+    train.fit(net, lambda net, g: net(torch.ones(1, 2)).square().mean(), 2, progress=False)
+    assert net.weight.device.type=='cpu'
+
+@pytest.mark.parametrize('stray', ['diffusion_pytorch_model (1)', 'diffusion_pytorch_model-old', 'backup', 'a_lora'])
+def test_a_copy_beside_the_weights_is_not_taken(tmp_path, stray):
+    from safetensors.torch import save_file
+    from sdlearn.folders import wanted_files, weights_files
+    for name in ('diffusion_pytorch_model', stray): save_file(dict(w=torch.ones(1)), tmp_path/f'{name}.safetensors')
+    assert [f.name for f in weights_files(tmp_path)]==['diffusion_pytorch_model.safetensors']
+    save_file(dict(w=torch.ones(1)), tmp_path/'diffusion_pytorch_model.fp16.safetensors')
+    assert [f.name for f in weights_files(tmp_path, 'fp16')]==['diffusion_pytorch_model.fp16.safetensors']
+
+@pytest.mark.parametrize('name', ['dreamlike-art/dreamlike-photoreal-2.0', 'SG161222/Realistic_Vision_V5.1_noVAE'])
+def test_a_name_with_a_dot_is_looked_for_on_the_hub(name, monkeypatch):
+    from sdlearn.folders import find_checkpoint
+    with pytest.raises((ValueError, OSError)) as e: find_checkpoint(name)
+    assert 'none of them' not in str(e.value)
+    with pytest.raises(ValueError, match='none of them'): find_checkpoint('models/sd.ckpt')
+
+class Still(torch.nn.Module): # knows all about pictures of std 1, and says it in noise or in v
+    def __init__(self, kind):
+        super().__init__()
+        from types import SimpleNamespace
+        self.kind, self.p = kind, torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(in_channels=4, cross_attention_dim=8)
+    def forward(self, x_in, t, words):
+        from sdlearn.denoiser import velocity
+        from sdlearn.schedule import sigma_at, unscale_input
+        sigma = sigma_at(t)
+        x = unscale_input(x_in, sigma)
+        eps = gauss(x, sigma)
+        return eps if self.kind=='epsilon' else velocity(x-sigma[:, None, None, None]*eps, eps, sigma)
+
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+def test_a_student_that_is_its_teacher_makes_no_mistake(kind):
+    from dataclasses import replace
+    from sdlearn.denoiser import as_noise
+    from sdlearn.fast.student import Made, landing_error, whole_path
+    from sdlearn.sample import sample
+    from sdlearn.schedule import SD_V1, scale_input
+    plan, net = Made().plan(replace(SD_V1, prediction_type=kind)), Still(kind)
+    words = torch.zeros(2, 77, 8)
+    def ask(x, sigma, t):
+        x_in = scale_input(x, sigma)
+        return as_noise(net(x_in, torch.full((len(x),), t), words), x_in, sigma, kind)
+    with torch.no_grad():
+        path = [*sample(plan, ask, plan.start(torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))))]
+        paths = torch.stack([*(scale_input(s.x, s.sigma) for s in path), path[-1].x_next], 1)
+        for i in range(4): assert landing_error(net, paths, words, torch.tensor([i, i]), plan, kind).max()<1e-8
+        for j, x in enumerate(whole_path(net, paths[:, 0], words, plan, kind)): assert_close(x, paths[:, j+1], rtol=1e-3, atol=1e-4)
+
+lossy = """
+from sdlearn.train import fingerprint
+def loss(kind): return kind in {'eps', 'x0', 'v', 'noise', 'picture', 'score', 'velocity', 'sample'}
+print(fingerprint(loss))
+"""
+
+def test_a_loss_is_the_same_in_another_process():
+    import subprocess
+    def said(seed): return subprocess.run([sys.executable, '-c', lossy], env=os.environ|dict(PYTHONHASHSEED=seed),
+                                          capture_output=True, text=True, check=True).stdout
+    assert said('1')==said('2')!=''
+
+def test_other_data_make_another_fingerprint():
+    from pathlib import PurePosixPath
+    from sdlearn.train import fingerprint
+    def holding(data): return lambda net, g: data
+    def within(data): # looked at by an inner function alone
+        scope = dict(DATA=data)
+        exec('def loss(net, g): return sum(DATA[i] for i in (0, 1))', scope)
+        return scope['loss']
+    pairs = [(range(5), range(9)), (b'a', b'b'), (PurePosixPath('a'), PurePosixPath('b')), (torch.float16, torch.bfloat16),
+             (slice(1), slice(2)), ({'a', 'b'}, {'a', 'c'})]
+    for a, b in pairs: assert fingerprint(holding(a))!=fingerprint(holding(b)) and fingerprint(holding(a))==fingerprint(holding(a))
+    assert fingerprint(within([1, 2]))!=fingerprint(within([1, 3]))
+
+def test_half_precision_is_resumed_as_it_was_and_large_networks_are_finite():
+    import copy
+    from sdlearn.train import _finite, train_steps
+    def run(stop=None, n=24):
+        torch.manual_seed(0)
+        net, state, losses = torch.nn.Linear(8, 1), None, []
+        def loss(g): return (net(torch.randn(16, 8, generator=g)).float()*300).square().mean()
+        def steps(state): return train_steps(loss, net, n, mixed_precision='fp16', lr=1e-2, warmup=1, state=state)
+        for s in steps(None):
+            losses.append(s.loss)
+            if s.i+1==stop:
+                state = copy.deepcopy(s.state())
+                break
+        return losses+[s.loss for s in steps(state)] if state else losses
+    assert run(15)==run()
+    assert _finite([torch.full((1000, 1000), .1).half()]) and not _finite([torch.tensor([1., math.inf]).half()])
+
+def test_a_name_that_the_console_cannot_write_stops_nothing(tmp_path, monkeypatch):
+    import io
+    from sdlearn.cli import main
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding='cp1252'))
+    assert main(['a fox', '-o', str(tmp_path/'猫.png'), '--steps', '1', '--n', '2'])==0
+    assert len([*tmp_path.glob('猫*.png')])==2
+
+def test_settings_too_long_for_a_jpeg_are_left_out_with_a_word(tmp_path):
+    from PIL import Image
+    from sdlearn.infotext import read_settings, save_picture
+    said = dict(prompt='fox '*20_000, seed=3)
+    with pytest.warns(UserWarning, match='too long for a JPEG'): save_picture(Image.new('RGB', (8, 8)), tmp_path/'a.jpg', said)
+    save_picture(Image.new('RGB', (8, 8)), tmp_path/'a.png', said)
+    assert (tmp_path/'a.jpg').exists() and read_settings(tmp_path/'a.png')['prompt']==said['prompt']
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk that is always full')
+def test_a_full_disk_is_told_in_a_sentence():
+    from sdlearn.train import _write
+    with pytest.raises(OSError, match='No space'): _write(dict(w=torch.ones(100_000)), '/dev/full')
+
+def test_strength_0_gives_the_picture_back_and_looks_at_everything():
+    import numpy as np
+    from PIL import Image
+    from sdlearn import img2img, inpaint, load_sd
+    from sdlearn.pocket.scenes import render
+    sd, image = load_sd(networks='own'), render('fox', seed=1)[0]
+    hole = Image.new('L', image.size, 255)
+    def same(a, b): return np.array_equal(np.asarray(a), np.asarray(b))
+    still = img2img(sd, 'a cat', image, strength=0, seed=0)[0]
+    assert same(inpaint(sd, 'a cat', image, hole, strength=0, seed=5)[0], still)
+    assert same(inpaint(sd, 'a cat', image, hole, strength=0, paste_back=True, seed=5)[0], image)
+    for odd in (dict(sampler='nonsense'), dict(guidance_interval='x'), dict(seed='x'), dict(negative_prompt=3)):
+        with pytest.raises(ValueError): img2img(sd, 'a cat', image, strength=0, **odd)
+        with pytest.raises(ValueError): inpaint(sd, 'a cat', image, hole, strength=0, **odd)
+
+def test_one_thread_at_a_time_seeds_torch():
+    import threading
+    from sdlearn.core import seeded
+    inside, go_on, drawn = threading.Event(), threading.Event(), []
+    def first():
+        with seeded(0):
+            inside.set()
+            go_on.wait(10)
+            drawn.append(torch.rand(1))
+    def second():
+        with seeded(1): drawn.append(torch.rand(1))
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    threads[0].start()
+    inside.wait(10)
+    threads[1].start()
+    threads[1].join(.2)
+    assert threads[1].is_alive() and not drawn
+    go_on.set()
+    for t in threads: t.join(10)
+    for seed, x in enumerate(drawn):
+        with seeded(seed): assert torch.rand(1)==x
+
+def test_braces_in_a_caption_mean_nothing():
+    from types import SimpleNamespace
+    from sdlearn import load_sd
+    from sdlearn.adapt.inversion import _caption_ids
+    sd = SimpleNamespace(tokenizer=load_sd(networks='own').tokenizer)
+    ids = [_caption_ids(sd, ['<it>'], [c], 1) for c in ('a {} at 50%{', 'a {} of {x}', 'a {}')]
+    assert not torch.equal(ids[0], ids[2])
+
+def test_an_encoder_that_overflows_says_so():
+    import copy
+    from sdlearn import load_sd
+    from sdlearn.vae import encode
+    vae = copy.deepcopy(load_sd(networks='own').vae)
+    vae.encoder.conv_out.weight.data.mul_(1e38)
+    with pytest.raises(ValueError, match='overflow'), torch.no_grad(): encode(vae, torch.rand(1, 3, 64, 64))
+
+def test_a_file_of_something_else_is_no_training_state(tmp_path):
+    from sdlearn.train import load_state
+    torch.save([1, 2], tmp_path/'a.pt')
+    with pytest.raises(ValueError, match='training state, got list'): load_state(tmp_path/'a.pt')

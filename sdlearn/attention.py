@@ -110,7 +110,10 @@ def word_map(
                          "token_places and attention_maps give them")
     out = torch.zeros(size)
     for m in maps.values():
-        h = round((m.shape[2]*size[0]/size[1])**.5)
+        h = max(1, round((m.shape[2]*size[0]/size[1])**.5))
+        if m.shape[2]%h or abs(m.shape[2]/h**2-size[1]/size[0])>.5*size[1]/size[0]:
+            raise ValueError(f"expected a size in the picture's proportions, got {size} for maps "
+                             f"of {m.shape[2]} places")
         small = m[row, :, :, places].float().mean((0, 2)).reshape(1, 1, h, -1).cpu()
         out += F.interpolate(small, size=size, mode='bilinear')[0, 0]
     return (out-out.min())/(out.max()-out.min()).clamp(min=1e-12)

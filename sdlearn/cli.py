@@ -361,6 +361,7 @@ def main(
 )->int:         # 0; 1 after an error; 130 when it was stopped
     "The command: errors are a sentence, not a traceback"
     def note(message, *args, **kwargs): print(f'note: {message}', file=sys.stderr)
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     try:
         with warnings.catch_warnings():    # puts what was there back
             warnings.simplefilter('always')
@@ -374,6 +375,11 @@ def main(
     except KeyboardInterrupt:
         print('sdlearn: stopped; what is named above is finished', file=sys.stderr)
         return 130
+    except RuntimeError as e:
+        if 'out of memory' not in str(e): raise
+        print('sdlearn: expected pictures that fit in memory: draw fewer, or smaller ones',
+              file=sys.stderr)
+        return 1
     return 0
 
 # %% ../nbs/92_cli.ipynb #a9c0f43e

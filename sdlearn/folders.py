@@ -51,11 +51,15 @@ def write_weights(
     notes:dict=None, # Name -> text to keep beside them
 )->Path:             # The file
     "Write a file of weights, its folder too"
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     file = safe_path(file)
     arrays = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
     as_folder(file.parent)
-    whole_file(file, lambda part: save_file(arrays, part, dict(notes or {}, format='pt')))
+    def write(part):
+        try: save_file(arrays, part, dict(notes or {}, format='pt'))
+        except SafetensorError as e: raise OSError(str(e)) from None
+    whole_file(file, write)
     return file
 
 # %% ../nbs/95_folders.ipynb #5a456f38
@@ -92,8 +96,13 @@ def _no_weights(folder): # what to say about it
     return (f"expected a .safetensors file in {folder}, found {found}. "
             "Get the safetensors version of this checkpoint.")
 
+# as diffusers and transformers call weights; a copy or a LoRA beside them is called otherwise
+_usual_name = re.compile(r'^(\w+/)?(diffusion_pytorch_)?model(\.fp16)?(-\d{5}-of-\d{5})?'
+                         r'(\.fp16)?\.safetensors$')
+
 def _best(names, variant): # of the files of one piece, those to read: half precision if asked for
     plain = [n for n in names if n.endswith('.safetensors') and 'non_ema' not in n]
+    plain = [n for n in plain if _usual_name.search(n)] or plain
     half = [n for n in plain if '.fp16' in n]
     whole = [n for n in plain if n not in half]
     chosen = half or whole if variant=='fp16' else whole or half
@@ -144,6 +153,8 @@ def _hint(folder): # what else it may be
     return "Is it the right folder, and complete?"
 
 # %% ../nbs/95_folders.ipynb #ec18873e
+_files = '.safetensors', '.ckpt', '.pt', '.pth', '.bin', '.json', '.yaml' # and no hub names
+
 def find_checkpoint(
     name=None,         # None: pocket. A folder, a .safetensors file, or a name on the hub
     variant:str=None,  # "fp16" or None
@@ -153,7 +164,7 @@ def find_checkpoint(
     path = as_path(name, "a folder, a .safetensors file or a hub name")
     if os.path.isdir(path): return check_folder(path, variant)
     if os.path.isfile(path): return _check_weights(safe_path(path))
-    if path.suffix or str(name).startswith(('.', '/', '~')) or str(name).count('/')!=1:
+    if path.suffix in _files or str(name).startswith(('.', '/', '~')) or str(name).count('/')!=1:
         raise ValueError("expected a folder, a .safetensors file or a hub name such as "
                          f"'CompVis/stable-diffusion-v1-4', got {str(name)[:99]!r}, which is none "
                          "of them. Check the path.")

@@ -59,33 +59,35 @@ def cfg(
     return noise_pred_uncond+scale*(noise_pred_text-noise_pred_uncond)
 
 # %% ../nbs/36_guidance.ipynb #7f26a2ab
+def _rgb(images): return check_tensor(images, 'pictures in 0..1', '(B,3,H,W)')
+
 def blue_loss(
     images:Tensor,     # (B,3,H,W) in 0..1
-    target:float=.9,   # Where the blue channel should be
+    target:float=.9,   # Where the blue channel should be, 0 to 1
 )->Tensor:             # Scalar, mean over the pictures
     "How far the blue channel is from `target` (the Deep Dive notebook's example)"
-    return (images[:, 2]-target).abs().mean()
+    return (_rgb(images)[:, 2]-target).abs().mean()
 
 def brightness_loss(
     images:Tensor,     # (B,3,H,W) in 0..1
     target:float=.5,   # Mean of all pixels, 0 (black) to 1 (white)
 )->Tensor:             # Scalar, mean over the pictures
     "How far the brightness of each picture is from `target`"
-    return (images.mean((1, 2, 3))-target).abs().mean()
+    return (_rgb(images).mean((1, 2, 3))-target).abs().mean()
 
 def contrast_loss(
     images:Tensor,     # (B,3,H,W) in 0..1
     target:float=.1,   # Std of the grey values; 0 is flat, .5 the most there is
 )->Tensor:             # Scalar, mean over the pictures
     "How far the contrast of each picture is from `target`"
-    return (images.mean(1).flatten(1).std(1)-target).abs().mean()
+    return (_rgb(images).mean(1).flatten(1).std(1)-target).abs().mean()
 
 def target_loss(
     images:Tensor,     # (B,3,H,W) in 0..1
     target:Tensor,     # (B,3,H,W) or (1,3,H,W) in 0..1: the picture to come close to
 )->Tensor:             # Scalar, mean over the pictures
     "Mean squared distance to a picture"
-    if target.shape[1:]!=images.shape[1:]:
+    if target.shape[1:]!=_rgb(images).shape[1:] or len(target) not in (1, len(images)):
         raise ValueError(f"expected a target of shape {tuple(images.shape[1:])} for each picture, "
                          f"got {tuple(target.shape[1:])}. Resize it before.")
     return F.mse_loss(images, target.to(images).expand_as(images))
@@ -96,7 +98,7 @@ def clip_loss(
     text_vector:Tensor,     # (1,D), or (B,D) for one text per picture
 )->Tensor:                  # Scalar in 0..2, mean over the pictures
     "1 - cosine similarity of pictures and a text (CLIP guidance: Crowson 2021)"
-    found = image_encoder(images*2-1)
+    found = image_encoder(_rgb(images)*2-1)
     if found.shape[-1]!=text_vector.shape[-1]:
         raise ValueError(f"expected a text vector of length {found.shape[-1]}, "
                          f"got {text_vector.shape[-1]}. Take both encoders from the same CLIP.")

@@ -6,7 +6,7 @@
 __all__ = ['sampler_names', 'infotext', 'check_name', 'save_picture', 'read_settings']
 
 # %% ../nbs/91b_infotext.ipynb #3711fdaf
-import json
+import json, warnings
 from pathlib import Path
 from PIL import Image
 
@@ -39,9 +39,15 @@ def _as_exif(ours, line):
     exif.get_ifd(_details)[_comment] = b'UNICODE\0'+line.encode('utf-16-be')
     return exif
 
+def _room_for(exif, kind): # a JPEG has room for 64 kB of it (EXIF 2.3, 4.7.2)
+    if kind=='.webp' or len(exif.tobytes())<65534: return exif
+    warnings.warn("these settings are too long for a JPEG and are left out. A .png keeps them.")
+    return Image.Exif()
+
 def _notes(path, ours, line): # arguments of PIL's save
     kind = path.suffix.lower()
-    if kind in ('.jpg', '.jpeg', '.webp'): return dict(exif=_as_exif(ours, line), quality=95)
+    if kind in ('.jpg', '.jpeg', '.webp'):
+        return dict(exif=_room_for(_as_exif(ours, line), kind), quality=95)
     if kind!='.png': return {}
     from PIL.PngImagePlugin import PngInfo
     texts = PngInfo()

@@ -6,15 +6,15 @@
 __all__ = ['Clip', 'load_clip', 'scores', 'pixel_features', 'nearest', 'share']
 
 # %% ../nbs/62_judge.ipynb #544232fe
-import json
 from functools import lru_cache
 from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
 from .core import as_path, check_number, images_to_tensor, seeded, whole
+from .folders import pocket_path, read_json, weights_file
 from .idea.contrast import ImageEncoder
-from .load import load_own, pocket_path
+from .load import fill, load_own
 from .text import TextEncoder, encode_tokens
 from .tokenizer import Tokenizer, read_weights, tokenize
 
@@ -52,17 +52,15 @@ def _stamps(folder): # when each file was written, and its size: other numbers w
     return tuple(f.st_mtime_ns for f in files), tuple(f.st_size for f in files)
 
 def _image_encoder(folder, state):
-    config = json.loads((folder/'config.json').read_text(encoding='utf8'))
-    with seeded(0): net = ImageEncoder(**config)
-    net.load_state_dict({k.removeprefix('image.'): v
-                         for k, v in state.items() if k.startswith('image.')})
-    return net
+    mine = {k.removeprefix('image.'): v for k, v in state.items() if k.startswith('image.')}
+    with seeded(0): net = ImageEncoder(**read_json(folder/'config.json'))
+    return fill(net, mine, folder/'config.json')
 
 @lru_cache(8)
 def _read_clip(folder, mtimes, sizes): # stamps: so that the cache sees what has changed
     from safetensors.torch import load_file
     folder = Path(folder)
-    state = {k: v.float() for k, v in load_file(folder/'clip'/'model.safetensors').items()}
+    state = {k: v.float() for k, v in load_file(weights_file(folder/'clip')).items()}
     clip = Clip(_image_encoder(folder/'clip', state), load_own(TextEncoder, folder/'text_encoder'),
                 Tokenizer.from_folder(folder/'tokenizer'), state['text_projection.weight'])
     return clip.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .adapt.inversion import new_words
 from .configs import latent_side
-from .core import as_folder, as_path, generator_of, whole_file
+from .core import as_folder, as_path, generator_of, whole_file, write_text
 from .fast.export import need, parts, write_onnx
 from .folders import pocket_path
 from .load import load_sd
@@ -138,8 +138,7 @@ def write_merges(
     file:Path, # merges.txt
 ):
     "In the form of CLIP's own file: a line for the version, then a pair a line"
-    text = '\n'.join(['#version: 0.2', *map(' '.join, merges_of(tokenizer))])+'\n'
-    whole_file(file, lambda part: part.write_text(text, encoding='utf8', newline='\n'))
+    write_text(file, '\n'.join(['#version: 0.2', *map(' '.join, merges_of(tokenizer))])+'\n')
 
 # %% ../nbs/71_page.ipynb #3a317816
 def zero_runs(
@@ -182,6 +181,7 @@ def page_settings(
     load:str=None, # Python that loads `sd`; None: `loading_line` may know
 )->dict:
     "All that the page has to be told, as numbers and strings"
+    if not isinstance(prompt, str): raise ValueError(f"expected a prompt, got {prompt!r}")
     plan, side = page_plan(sd), latent_side(sd.unet.config)
     table = text_core(sd.text_encoder).embeddings.token_embedding.weight
     words = tokenizer_settings(sd.tokenizer)|dict(runs=zero_runs(table))
@@ -215,7 +215,10 @@ def unpack_runtime(
     folder,  # The page's
 ):
     "The two files of it that a page needs"
-    with tarfile.open(package) as tar:
+    try: tar = tarfile.open(package)
+    except (OSError, tarfile.TarError) as e:
+        raise ValueError(f"expected the package of {RUNTIME}, got {package}: {e}") from None
+    with tar:
         lost = {*_runtime.values()}-{*tar.getnames()}
         if lost: raise ValueError(f"expected {RUNTIME}, got a package without {', '.join(lost)}")
         for name, inside in _runtime.items():
@@ -238,8 +241,7 @@ def write_page(
     write_networks(sd, folder, small)
     for file in web_path().iterdir(): shutil.copy(file, folder)
     write_merges(sd.tokenizer, folder/'merges.txt')
-    text = json.dumps(said, indent=1)
-    whole_file(folder/'settings.json', lambda part: part.write_text(text, encoding='utf8'))
+    write_text(folder/'settings.json', json.dumps(said, indent=1))
     return folder
 
 def _add_runtime(folder, package): # from the file given, or from npm

@@ -253,6 +253,9 @@ def _opening(prompt, image, strength, n, seed, eps_fn, asked): # checked prompts
     check_inputs(prompts, n, asked['guidance_scale'], *images[0].size[::-1], strength)
     return prompts, images
 
+def _there_and_back(sd, images): # strength 0: as the VAE gives it back
+    return latents_to_pil(encode(sd.vae, _pixels(sd, images)), sd.vae)
+
 def _noised(sd, images, generators):
     "Clean latents, noise for them, and more of it from the same generators"
     latents = encode(sd.vae, _pixels(sd, images), generators).float()
@@ -273,12 +276,12 @@ def img2img(
                  guidance_interval=guidance_interval)
     n = sd.num_inference_steps if num_inference_steps is None else num_inference_steps
     prompts, images = _opening(prompt, image, strength, n, seed, eps_fn, asked)
-    first = start_step(n, strength)
-    if first>=n: return latents_to_pil(encode(sd.vae, _pixels(sd, images)), sd.vae)
-    plan = plan_for(sd, sampler, n).after(first)
-    latents, noise, noise_fn = _noised(sd, images, _generators(seed, len(prompts)))
+    first, plan = start_step(n, strength), plan_for(sd, sampler, n)
+    generators, ask = _generators(seed, len(prompts)), _ask(sd, prompts, eps_fn, **asked)
+    if first>=n: return _there_and_back(sd, images)
+    plan = plan.after(first)
+    latents, noise, noise_fn = _noised(sd, images, generators)
     x = plan.start(noise, latents if first else None)
-    ask = _ask(sd, prompts, eps_fn, **asked)
     return _finish(sd, denoise(plan, ask, x, noise_fn, progress), on_step)
 
 # %% ../nbs/38_pipeline.ipynb #fc91f7f2
@@ -329,17 +332,17 @@ def inpaint(
     n = sd.num_inference_steps if num_inference_steps is None else num_inference_steps
     prompts, images = _opening(prompt, image, strength, n, seed, eps_fn, asked)
     masks = _masks(mask, images)
-    first = start_step(n, strength)
-    latents, noise, noise_fn = _noised(sd, images, _generators(seed, len(prompts)))
-    if first>=n: return latents_to_pil(latents.to(sd.dtype), sd.vae)
-    plan = plan_for(sd, sampler, n).after(first)
+    first, plan = start_step(n, strength), plan_for(sd, sampler, n)
+    generators, ask = _generators(seed, len(prompts)), _ask(sd, prompts, eps_fn, **asked)
+    if first>=n: return images if paste_back else _there_and_back(sd, images)
+    plan = plan.after(first)
+    latents, noise, noise_fn = _noised(sd, images, generators)
     hole = _holes(masks, latents)
     def keep(step): # the last x_next is clean, so nothing is added there
         level = 0 if step.sigma_next==plan.sigmas[-1] else step.sigma_next
         step.x_next = torch.lerp(latents+level*noise, step.x_next, hole)
         if on_step: on_step(step)
     x = plan.start(noise, latents if first else None)
-    ask = _ask(sd, prompts, eps_fn, **asked)
     drawn = _finish(sd, denoise(plan, ask, x, noise_fn, progress), keep)
     if not paste_back: return drawn
     return [Image.composite(*both) for both in zip(drawn, images, masks)]

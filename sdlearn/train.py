@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['batch_rng', 'save_state', 'load_state', 'one_writer', 'ema_decay', 'lr_factor', 'trained', 'learning', 'TrainStep',
-           'train_steps', 'fingerprint', 'fit', 'averaged_weights']
+           'processes', 'put', 'train_steps', 'fingerprint', 'fit', 'averaged_weights']
 
 # %% ../nbs/91_train.ipynb #08907efe
 import dis, hashlib, math, pickle, struct, time
 from dataclasses import dataclass, fields, is_dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import (BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType,
                    ModuleType)
 from typing import Callable
@@ -36,17 +36,26 @@ def save_state(
     path,        # File; replaced in one move, so a kill leaves the old file or the new one
 ):
     "Write a training state atomically"
-    as_folder(Path(path).parent)
-    whole_file(path, lambda part: torch.save(state, part))
+    path = as_path(path, 'a file')
+    as_folder(path.parent)
+    whole_file(path, lambda part: _write(state, part))
+
+def _write(state, part): # a full disk is told in the system's words, torch's own say nothing
+    try:
+        with open(part, 'wb') as f: torch.save(state, f)
+    except RuntimeError as e: raise e.__context__ or e
 
 def load_state(
     path,  # A file that `save_state` wrote
 )->dict:
     "Read a training state; nothing in it is ever run"
-    try: return torch.load(as_path(path, 'a file'), map_location='cpu', weights_only=True)
+    try: state = torch.load(as_path(path, 'a file'), map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, struct.error) as e:
         raise ValueError(f"expected {path} to hold a training state, but it cannot be read "
                          f"({type(e).__name__}). Delete it, or choose another path.") from None
+    if isinstance(state, dict): return state
+    raise ValueError(f"expected {path} to hold a training state, got {type(state).__name__}. "
+                     "Delete it, or choose another path.")
 
 # %% ../nbs/91_train.ipynb #bd8c7ee8
 @contextmanager
@@ -118,17 +127,19 @@ class TrainStep:
     state:Callable   # state() -> what `train_steps(state=...)` goes on from; before the next step
 
 @torch.no_grad()
-def _finite(params): # NaN and infinity survive a sum
-    return bool(torch.isfinite(sum(p.sum() for p in params)))
+def _finite(params): # NaN and infinity survive a sum, which in half precision could overflow
+    return bool(torch.isfinite(sum(p.sum(dtype=torch.float32) for p in params)))
 
-def _here(): # this process, among those that train together
+def processes( # Of those that train together: `num_processes`, `process_index`, ...
+):
+    "Accelerate's view of who is here"
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
 
 def _share(params): # the mean gradient over processes, if there are several
     from accelerate.utils import reduce
-    if _here().num_processes==1: return
+    if processes().num_processes==1: return
     for p in params:
         if p.grad is not None: p.grad = reduce(p.grad, 'mean')
 
@@ -145,13 +156,17 @@ def _restore(state, params, averaged, opt):
     if {k: tuple(p.shape) for k, p in state['params'].items()}!=shapes:
         raise ValueError("expected the state of these weights, got one with other names or "
                          "shapes. Delete it, or choose another path.")
-    _put(params, state['params'])
-    _put(averaged, state['averaged'])
+    put(params, state['params'])
+    put(averaged, state['averaged'])
     opt.load_state_dict(state['optimizer'])
     return state['step']
 
 @torch.no_grad()
-def _put(params, values):
+def put(
+    params:dict, # Name -> parameter or buffer; changed in place
+    values:dict, # Name -> tensor of the same shape
+):
+    "Give parameters other values"
     for k, p in params.items(): p.copy_(values[k])
 
 def _seeded(loss_fn, rng, device, precision):
@@ -197,7 +212,7 @@ def train_steps(
     state:dict=None,      # From a step's `state()`: go on there
 ):                        # Generator of `TrainStep`
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
-    params, here = _named(params), _here()
+    params, here = _named(params), processes()
     n, seed, lr = _check_training(n, seed, lr, mixed_precision)
     if real(ema) is None or not 0<=ema<1:
         raise ValueError(f"expected ema from 0 to below 1, got {ema}")
@@ -210,6 +225,7 @@ def train_steps(
     scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision=='fp16')
     averaged = {k: p.detach().clone() for k, p in params.items()}
     first = 0 if state is None else _restore(state, params, averaged, opt)
+    if state and state.get('scaler'): scaler.load_state_dict(state['scaler'])
     here_is = [first]          # the step whose state can be had
     for i in range(first, n):
         for group in opt.param_groups: group['lr'] = lr*lr_factor(i, n, warmup, decay)
@@ -220,7 +236,7 @@ def train_steps(
         def now(i=i):
             if here_is[0]!=i: raise ValueError(f"expected state() before the next step, got {i}")
             return dict(params={k: p.detach() for k, p in params.items()}, averaged=averaged,
-                        optimizer=opt.state_dict(), step=i+1)
+                        optimizer=opt.state_dict(), scaler=scaler.state_dict(), step=i+1)
         here_is[0] = i
         yield TrainStep(i, loss.item(), averaged, good, now)
 
@@ -255,12 +271,12 @@ _no_work = 'PUSH_NULL', 'PRECALL', 'CACHE', 'RESUME', 'EXTENDED_ARG'
 
 def _does(i): # an instruction; calls of an imported module are compiled in two ways
     jump = i.opcode in dis.hasjrel or i.opcode in dis.hasjabs
-    said = '' if jump or isinstance(i.argval, CodeType) else i.argrepr
+    said = '' if jump or isinstance(i.argval, (CodeType, frozenset)) else i.argrepr
     return _one.get(i.opname, i.opname), said.split('NULL + ')[-1].split('self + ')[-1]
 
 def _code_mark(code): # what a function does, the same in a notebook's cell and in a module
     does = [_does(i) for i in dis.get_instructions(code) if i.opname not in _no_work]
-    inner = [c if not isinstance(c, CodeType) else _code_mark(c) for c in code.co_consts]
+    inner = [_code_mark(c) if isinstance(c, CodeType) else _mark(c) for c in code.co_consts]
     return hashlib.sha256(repr((does, code.co_names, inner)).encode()).hexdigest()[:12]
 
 def _parts(x): # what an object is made of; None: nothing that could be told apart
@@ -278,11 +294,15 @@ def _parts(x): # what an object is made of; None: nothing that could be told apa
         does = [f for f in vars(type(x)).values() if isinstance(f, FunctionType)]
         return [does, getattr(x, '__dict__', {})]
 
+# what says all of itself, in the same words everywhere
+_said_whole = bytes, complex, range, slice, PurePath, torch.dtype, torch.device
+
 def _mark(x, seen=()):
     if isinstance(x, (torch.Tensor, np.ndarray)): return _tensor_mark(x)
     if isinstance(x, (list, tuple)): return [_mark(v, seen) for v in x]
     if isinstance(x, dict): return {k: _mark(v, seen) for k, v in x.items()}
     if isinstance(x, (int, float, str, type(None))): return x
+    if isinstance(x, _said_whole): return repr(x)
     parts = None if any(x is s for s in seen) else _parts(x)
     name = x.__name__ if isinstance(x, FunctionType) else type(x).__name__
     return name if parts is None else [_mark(parts, (*seen, x))]
@@ -293,9 +313,13 @@ def fingerprint(
     "What a loss computes, and from which data"
     return hashlib.sha256(repr(_mark(x)).encode()).hexdigest()[:12]
 
+def _names(code): # that it uses, those of functions inside it too
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return [*code.co_names, *(n for c in inner for n in _names(c))]
+
 def _held(fn): # what a function finds outside itself: closed over, by default, or global
     cells = [c.cell_contents for c in fn.__closure__ or () if c!=_empty]
-    named = [fn.__globals__[k] for k in fn.__code__.co_names if k in fn.__globals__]
+    named = [fn.__globals__[k] for k in _names(fn.__code__) if k in fn.__globals__]
     tools = ModuleType, BuiltinFunctionType, type     # not data, and not of this training alone
     near = [v for v in named if not isinstance(v, (*tools, FunctionType))
             or isinstance(v, FunctionType) and v.__module__==fn.__module__]
@@ -327,6 +351,8 @@ def _stop(step, path):
                              "Try a smaller learning rate.")
 
 def _check_fit(functions, save_every, preview_every, settings):
+    if not isinstance(settings.get('decay', False), (bool, np.bool_)):
+        raise ValueError(f"expected decay to be True or False, got {settings['decay']!r}")
     check_number(save_every, 'save_every', 0)
     check_number(preview_every, 'preview_every', 0, read=whole)
     if odd := [f for f in functions if not callable(f)]:
@@ -353,7 +379,7 @@ def fit(
 )->list:                  # Loss of every step, those of the resumed run included
     "Train, save, preview and show: everything around `train_steps`"
     from tqdm.auto import tqdm
-    here = _here()
+    here = processes()
     path = None if path is None else as_path(path, 'a file')
     if path and path.is_dir(): raise ValueError(f"expected a file, got the folder {path}")
     _check_fit([loss_fn, preview or str], save_every, preview_every, settings)
@@ -361,14 +387,14 @@ def fit(
     seed = check_number(seed, 'a seed', 0, 2**32, whole)
     settings = {k: _plain(v) for k, v in settings.items()}
     params = trained(model)
-    model.to(here.device)
+    if here.num_processes>1: model.to(here.device)  # alone, where the model is
     # with a decaying learning rate, another number of steps is another training
     length = dict(steps=steps) if settings.get('decay') else {}
     mark = dict(loss_and_data=fingerprint(loss_fn), seed=seed, **settings, **length)
     with one_writer(path if here.is_main_process else None):
         state, losses = _go_on(path, mark, steps)
         averaged = state['averaged'] if state else {}
-        if state: _put(dict(model.named_buffers()), state['buffers'])
+        if state: put(dict(model.named_buffers()), state['buffers'])
         stream = train_steps(partial(loss_fn, model), params, steps, seed, state=state, **settings)
         bar = tqdm(stream, initial=len(losses), total=steps,
                    disable=not (progress and here.is_main_process))
@@ -385,7 +411,7 @@ def fit(
                 more = dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()))
                 save_state(step.state()|more, path)
                 last = time.time()
-    if averaged: _put(params, averaged)
+    if averaged: put(params, averaged)
     return losses
 
 @contextmanager
@@ -395,6 +421,6 @@ def averaged_weights(
 ):
     "Put the averaged weights in, for a look, and the others back"
     before = {k: p.detach().clone() for k, p in params.items()}
-    _put(params, averaged)
+    put(params, averaged)
     try: yield
-    finally: _put(params, before)
+    finally: put(params, before)

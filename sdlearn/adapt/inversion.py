@@ -14,12 +14,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn, Tensor
 from ..configs import latent_side
-from ..core import as_path, as_rgb, check_number, images_to_tensor, noise_like, whole
+from ..core import (as_path, as_rgb, check_number, check_tensor, images_to_tensor, noise_like,
+                          whole, write_text)
 from ..denoiser import noise_loss, predict_noise
 from ..folders import open_weights, read_json, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, sigma_at
 from ..text import add_positions, get_output_embeds, get_token_embeds, text_core
-from ..tokenizer import (Tokenizer, all_ids, check_tokenizer, clean_text,
+from ..tokenizer import (Tokenizer, all_ids, as_texts, check_tokenizer, clean_text,
                                tokenize, word_id)
 from ..train import fit
 from ..vae import encode
@@ -82,6 +83,7 @@ def with_words(
     names:list=(),# New tokens, e.g. ['<tiny>'], or with two vectors ['<tiny>', '<tiny>_1']
 ):                # A copy; the one given is not touched
     "A tokenizer that knows more words; one of several vectors is written as its first token"
+    names = as_texts(names) if names else []
     if not names and not new_words(tokenizer): return tokenizer
     new = _longer(tokenizer, names)
     words = [*new_words(new)]
@@ -120,10 +122,11 @@ def spread_timesteps(
     n:int,           # How many, one per training picture
     generator=None,  # torch.Generator on the CPU, for the same draw again
     device='cpu',    # Where the result goes
-    schedule:Schedule=SD_V1,
+    schedule:Schedule=SD_V1, # The checkpoint's noise levels
     lowest:float=.4, # They start at this share of the range: with less noise a word says little
 )->Tensor:           # (n,) int64; the first from the lowest nth part, and so on
     "Timesteps to learn a word on, each as likely as any other, but never all early or all late"
+    lowest = check_number(lowest, 'lowest', 0, 1)
     share = lowest+(1-lowest)*(torch.arange(n)+torch.rand(n, generator=generator))/n
     last = schedule.num_train_timesteps-1
     return (share*schedule.num_train_timesteps).long().clamp(max=last).to(device)
@@ -197,7 +200,11 @@ def save_word(
     vectors:Tensor, # (n,D)
 )->Path:            # The file
     "Write a word as diffusers' script does: {token: vectors}, whole or not at all"
-    vectors = vectors.float()
+    if not isinstance(token, str) or not token.strip():
+        raise ValueError(f"expected a token such as '<tiny>', got {token!r}")
+    vectors = check_tensor(vectors, 'vectors', '(n,D)').detach().float()
+    if not len(vectors) or not vectors.isfinite().all():
+        raise ValueError(f"expected finite vectors, one or more, got {len(vectors)}")
     return write_weights(file, {token: vectors[0].clone() if len(vectors)==1 else vectors})
 
 def _check_entries(file, found):
@@ -225,7 +232,7 @@ def read_words(
 
 def _edit_json(file, change): # file -> what it says, changed
     said = read_json(file)
-    file.write_text(json.dumps(said|change(said), indent=2)+'\n', encoding='utf8')
+    write_text(file, json.dumps(said|change(said), indent=2)+'\n')
 
 def _note(token, **place): # as transformers writes it
     return dict(content=token, lstrip=False, normalized=True, rstrip=False, single_word=False,
@@ -317,7 +324,8 @@ def _check_lesson(pictures, captions):
 def _caption_ids(sd, tokens, captions, n): # (P,C,77)
     tokenizer = with_words(check_tokenizer(sd.tokenizer), tokens)
     each = [[c] for c in captions] if captions else [subject_captions]*n
-    return torch.stack([tokenize(tokenizer, [c.format(tokens[0]) for c in row]) for row in each])
+    said = [[c.replace('{}', tokens[0]) for c in row] for row in each]
+    return torch.stack([tokenize(tokenizer, row) for row in said])
 
 def moved(
     rows:Tensor,  # (n,D) after training
@@ -335,9 +343,11 @@ def encoded(
     if getattr(sd, 'folded', None) is not None:
         raise ValueError("expected a checkpoint of many steps, got a student of few, which a "
                          "training on any amount of noise would undo. Take load_sd() without fast.")
-    side = 8*latent_side(sd.unet.config)
+    if not isinstance(pictures, (list, tuple)) or not pictures:
+        raise ValueError(f"expected a list of PIL pictures, got {pictures!r}")
+    side, like = 8*latent_side(sd.unet.config), next(sd.vae.parameters())
     pixels = images_to_tensor([square(p, side) for p in pictures])
-    return encode(sd.vae, pixels.to(next(sd.vae.parameters()))).float()
+    return torch.cat([encode(sd.vae, some.to(like)).float() for some in pixels.split(8)])
 
 def learn_word(
     sd,               # An `SD` bundle, or its pieces under the same names; it is not changed

@@ -89,6 +89,7 @@ def lora_layers(
     names=attention_names, # How the names of the wanted layers end
 )->dict:                   # name -> nn.Linear or nn.Conv2d
     "The layers that a LoRA changes"
+    names = [names] if isinstance(names, str) else names
     found = {k: m for k, m in all_layers(network).items()
              if any(f'.{k}'.endswith(f'.{n}') for n in names)}
     if found: return dict(sorted(found.items()))  # in one order, whichever network it is
@@ -163,6 +164,7 @@ def lora_loss(
 ):                             # loss_fn(network, generator) for `fit`
     "`noise_loss` on remembered latents and texts: no encoder runs while it trains"
     _check_pairs(latents, words)
+    bs = check_number(bs, 'bs', 1, read=whole)
     words = words.expand(len(latents), *words.shape[1:])
     def loss(net, g):
         x0, cond, noise, t = draw_batch(latents, words, bs, g, schedule, net)
@@ -309,6 +311,9 @@ def save_lora(
     "Write a LoRA that others read"
     if layout not in ('diffusers', 'kohya'):
         raise ValueError(f"expected a layout 'diffusers' or 'kohya', got {layout!r}")
+    if not pairs or not all(map(_finite, pairs.values())):
+        raise ValueError("expected a LoRA of finite numbers, got "
+                         f"{'one that has diverged' if pairs else 'none: nothing was learned'}")
     arrays, notes = {}, dict(notes or {})
     for key, p in pairs.items():
         name = _diffusers_name(key) if layout=='diffusers' else _kohya_name(key)

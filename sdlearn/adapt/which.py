@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Callable
 import torch
 from PIL import Image
-from .dreambooth import drift, encode_pairs, learn_all, learn_dreambooth
+from .dreambooth import drift, encode_pairs, learn_all, learn_dreambooth, remembered
 from .imagic import learn_edit, save_edit
 from .inversion import add_words, learn_word, save_word
 from .lora import learn_lora, lora_loss, merge_lora, save_lora
-from ..core import as_folder, as_path, image_grid, images_to_tensor, whole_file
+from ..core import as_folder, as_path, image_grid, images_to_tensor, write_text
 from ..folders import read_json, write_weights
 from ..judge import load_clip, pixel_features
 from ..load import load_sd
@@ -49,7 +49,7 @@ def draw_taught(
     **settings,     # num_inference_steps, guidance_scale ...: as in `txt2img`
 )->list:            # PIL pictures
     "Draw what was learned, and take it off again"
-    said = [s.format(taught.call) for s in sentences]
+    said = [s.replace('{}', taught.call) for s in sentences]
     settings = dict(num_inference_steps=12, progress=False)|settings
     undo = taught.put(sd)
     try: return [im for i in range(0, len(said), 8) for im in
@@ -136,9 +136,9 @@ def teach_all(
                   lambda file: write_weights(file, after), numbers, seconds)
 
 def _put(unet, weights):
-    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    undo = remembered(unet)
     unet.load_state_dict(weights)
-    return lambda: unet.load_state_dict(before)
+    return undo
 
 def teach_edit(
     sd,            # An `SD` bundle; it is not changed
@@ -287,8 +287,7 @@ def study(
         known = known or seen_known()
         rows, sheet = study_one(sd, name, seed, known)
         image_grid(sheet, cols=4).save(file.with_suffix('.png'))
-        said = json.dumps(dict(ways=study_ways, rows=rows), indent=1)
-        whole_file(file, lambda part: Path(part).write_text(said, encoding='utf8'))
+        write_text(file, json.dumps(dict(ways=study_ways, rows=rows), indent=1))
     return read_study(folder)
 
 def read_study(

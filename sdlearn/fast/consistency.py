@@ -39,7 +39,7 @@ def answer(
 )->Tensor:      # f(x, t), same shape
     "The consistency function: c_skip x_in + c_out x0 (Song et al. 2023, eq. 5)"
     c_skip, c_out = (sigma_like(c, x) for c in boundary(t))
-    return c_skip*scale_input(x, sigma)+c_out*predict_x0(x, sigma_like(sigma, x), eps)
+    return c_skip*scale_input(x, sigma)+c_out*predict_x0(x, sigma, eps)
 
 # %% ../../nbs/52_consistency.ipynb #c2d09edd
 def lcm_timesteps(

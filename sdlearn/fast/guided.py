@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from ..adapt.lora import LowRank, ask_network
-from ..core import check_number, check_tensor, real
+from ..core import check_number, check_tensor, real, whole
 from ..denoiser import as_noise, noise_predictor
 from .progressive import two_answers
 from ..guidance import cfg
@@ -28,7 +28,7 @@ def guidance_features(
 )->Tensor:          # (1,dim) or (B,dim) float32, on the CPU
     """A guidance scale as waves, sines first (Meng et al. 2023, sec. 3.1; the numbers are those of
     diffusers' `get_guidance_scale_embedding`, which is handed guidance_scale-1)"""
-    n = dim//2
+    n = check_number(dim, 'dim', 4, read=whole)//2
     # in double precision: the waves are so short that a rounded scale is seen
     w = torch.as_tensor(guidance_scale).detach().cpu().double().reshape(-1, 1)-1
     lengths = torch.exp(-torch.log(torch.tensor(10000.))/(n-1)*torch.arange(n))
@@ -95,7 +95,8 @@ class GuidedUNet(nn.Module):
         told = self.told(guidance_scale)
         hook = _time_layers(self.network).register_forward_pre_hook(
             lambda module, args: (args[0]+told.to(args[0].dtype), *args[1:]))
-        try: said = self.network(x_in, t, words)
+        kind = _first_layer(self.network).weight.dtype
+        try: said = self.network(x_in.to(kind), t, words.to(kind))
         finally: hook.remove()
         return said if torch.is_tensor(said) else said.sample
 
@@ -107,7 +108,7 @@ class GuidedUNet(nn.Module):
         the same as another bias of it, W(a+b) + c = W a + (W b + c)"""
         plain = copy.deepcopy(self.network)
         first = _first_layer(plain)
-        first.bias.add_(first.weight@self.told(real(guidance_scale))[0])
+        first.bias.add_(first.weight@self.told(real(guidance_scale))[0].to(first.weight))
         return plain
 
     def diffusers_state(self)->dict: # name -> weight
@@ -150,13 +151,14 @@ def guided_loss(
     bs:int=8,        # Noisy latents in a batch
 ):                   # loss_fn(net, generator) for `fit`; net is a `GuidedUNet`
     "|student(x, t, words, w) - cfg(uncond, text, w)|^2, w even in its range (Meng et al., eq. 2)"
+    bs = check_number(bs, 'bs', 1, read=whole)
     def loss(net, g):
         i = torch.randint(len(answers.t), (bs,), generator=g)
         low, high = net.scales
         w = low+(high-low)*torch.rand(bs, generator=g)
         x_in, t, words, uncond, text = (v[i].to(net.cond_proj.weight.device) for v in answers)
         target = cfg(uncond, text, w.to(text)[:, None, None, None])
-        return (net(x_in, t, words, w)-target).square().mean()
+        return (net(x_in, t, words, w).float()-target.float()).square().mean()
     return loss
 
 # %% ../../nbs/51_guided.ipynb #041ee651

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapt.lora import all_layers, ask_network, learn_lora, read_note, save_lora
 from ..configs import latent_side
 from ..core import as_folder, as_path, check_number, seeded_noise, whole
-from ..denoiser import noise_predictor
+from ..denoiser import as_noise, noise_predictor
 from ..folders import safe_path, write_weights
 from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
@@ -66,7 +66,7 @@ def between(
     schedule:Schedule=SD_V1, # The checkpoint's
 ):                           # A `Plan` of DPM-Solver++(2M)
     "The teacher's plan: it stops wherever the student does, and on the way there"
-    if len(steps)!=len(plan.timesteps):
+    if len(steps)!=len(plan.timesteps) or not all((whole(n) or 0)>0 for n in steps):
         raise ValueError(f"expected {len(plan.timesteps)} numbers of steps, one for each of the "
                          f"student's, got {steps!r}")
     ends = [*plan.timesteps, -1.]     # 'trailing' counts down to -1
@@ -99,11 +99,13 @@ def landing_error(
     words:Tensor, # (B,77,D) what the student is told
     i:Tensor,     # (B,) from which stop each starts
     plan,         # The student's, from `Made.plan`
+    kind:str='epsilon', # What it says: a `Schedule`'s prediction_type
 )->Tensor:        # (B,)
     "How far from the teacher one step of Euler lands: mean square, as the next step sees it"
     rows, t, sigmas = torch.arange(len(i)), torch.tensor(plan.timesteps), torch.tensor(plan.sigmas)
     x_in, sigma, sigma_next = paths[rows, i], sigmas[i], sigmas[i+1]
-    eps = ask_network(unet, x_in, t[i].to(x_in.device), words)
+    said = ask_network(unet, x_in, t[i].to(x_in.device), words)
+    eps = as_noise(said, x_in, sigma, kind)
     # Euler's x' = x + (sigma' - sigma) eps
     x_next = ddim_step(unscale_input(x_in, sigma), eps, sigma, sigma_next)
     landed = scale_input(x_next, sigma_next)
@@ -115,13 +117,15 @@ def path_loss(
     words:Tensor, # (N,77,D) their prompts
     plan,         # The student's, from `Made.plan`
     bs:int=32,    # Steps in a batch
+    kind:str='epsilon', # What the student says: a `Schedule`'s prediction_type
 ):                # loss_fn(unet, generator) for `fit` and `learn_lora`
     "Single steps, each from a stop of the teacher's"
     _check_paths(paths, words, plan)
+    bs = check_number(bs, 'bs', 1, read=whole)
     def loss(unet, g):
         some = _some(paths, words, bs, g, unet)
         i = torch.randint(len(plan.timesteps), (bs,), generator=g)
-        return landing_error(unet, *some, i, plan).mean()
+        return landing_error(unet, *some, i, plan, kind).mean()
     return loss
 
 def _some(paths, words, bs, generator, unet): # of the paths, where the student is
@@ -146,12 +150,14 @@ def whole_path(
     first:Tensor, # (B,4,h,w) at the first stop, scaled to std about 1
     words:Tensor, # (B,77,D)
     plan,         # Its own, from `Made.plan`
+    kind:str='epsilon', # What it says: a `Schedule`'s prediction_type
 )->list:          # n latents (B,4,h,w): after each step, scaled to std about 1
     "All steps in a row, each from where the last one came out; gradients flow through them all"
     x = unscale_input(first, plan.sigmas[0])
     def ask(x, sigma, t):
         t = torch.full((len(x),), t, device=x.device)
-        return ask_network(unet, scale_input(x, sigma), t, words)
+        x_in = scale_input(x, sigma)
+        return as_noise(ask_network(unet, x_in, t, words), x_in, sigma, kind)
     return [scale_input(s.x_next, s.sigma_next) for s in sample(plan, ask, x)]
 
 def whole_path_loss(
@@ -159,12 +165,13 @@ def whole_path_loss(
     words:Tensor, # (N,77,D) their prompts
     plan,         # The student's, from `Made.plan`
     bs:int=8,     # Paths in a batch
+    kind:str='epsilon', # What the student says: a `Schedule`'s prediction_type
 ):                # loss_fn(unet, generator) for `fit` and `learn_lora`
     "Whole drawings: the student mends its own mistakes. The picture at the end counts most"
     _check_paths(paths, words, plan)
     def loss(unet, g):
         path, told = _some(paths, words, bs, g, unet)
-        came = whole_path(unet, path[:, 0], told, plan)
+        came = whole_path(unet, path[:, 0], told, plan, kind)
         errors = torch.stack([(x-path[:, j+1]).square().mean() for j, x in enumerate(came)])
         weights = torch.arange(1., len(came)+1)/len(came)/4
         weights[-1] = 1
@@ -238,13 +245,15 @@ def train_student(
 )->Path:           # `out`
     "Paths, single steps, whole paths, one file"
     run, out = as_path(run, 'a folder'), safe_path(out)
-    if not prompts: raise ValueError("expected prompts to draw paths for, got none")
+    if not prompts or isinstance(prompts, str):
+        raise ValueError(f"expected a list of prompts to draw paths for, got {prompts!r}")
     plan, names = made.plan(sd.schedule), student_layers(sd.unet)
     teacher = replace(sd, unet=copy.deepcopy(sd.unet).bfloat16())
     data = write_paths(teacher, prompts, run/'paths', made)
     how = dict(rank=rank, names=names, warmup=50, decay=True, ema=.99, weight_decay=0.)
     def learn(loss, n, name, **more): # one stage; a state that is there is gone on with
-        return learn_lora(sd.unet, loss(*data, plan), n, run/name, **how, **more)
+        said = loss(*data, plan, kind=sd.schedule.prediction_type)
+        return learn_lora(sd.unet, said, n, run/name, **how, **more)
     pairs = learn(path_loss, steps[0], 'single.state', lr=1e-3)
     if steps[1]: pairs = learn(whole_path_loss, steps[1], 'whole.state', lr=5e-4, start=pairs)
     return save_student(pairs, made, out)

@@ -39,10 +39,10 @@ def noisy_batch(
 )->tuple:                      # x0, eps (B,C,H,W), sigma (B,), one_hot (B,classes)
     "What a noise predictor is trained on"
     i = torch.randint(len(x), (batch,), generator=generator)
-    eps = torch.randn(x[i].shape, generator=generator)
+    eps = torch.randn(x[i].shape, generator=generator).to(x)
     low, high = sigmas
-    sigma = low*(high/low)**torch.rand(batch, generator=generator)
-    kept = (torch.rand(batch, 1, generator=generator)>=drop).float()
+    sigma = low*(high/low)**torch.rand(batch, generator=generator).to(x)
+    kept = (torch.rand(batch, 1, generator=generator)>=drop).to(x)
     return x[i], eps, sigma, one_hot(y[i], classes)*kept
 
 def batch_loss(

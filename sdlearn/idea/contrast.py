@@ -68,13 +68,13 @@ class BagOfWords(nn.Module):
         if not ids:
             raise ValueError(f"expected at least one known word, got {text!r}. "
                              f"Known are {', '.join([*self.words][:8])}, ...")
-        return torch.tensor(ids)
+        return torch.tensor(ids, device=self.bag.weight.device)
     def forward(self,
         texts:list,     # B sentences
     )->torch.Tensor:    # (B,dim), unit length
         ids = [self.ids(t) for t in texts]
         starts = torch.tensor([0]+[len(i) for i in ids]).cumsum(0)[:-1]
-        return F.normalize(self.body(self.bag(torch.cat(ids), starts)), dim=-1)
+        return F.normalize(self.body(self.bag(torch.cat(ids), starts.to(ids[0]))), dim=-1)
 
 # %% ../../nbs/25_contrast.ipynb #7321bd84
 def difference_loss(

@@ -14,7 +14,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from ..core import seeded, tensor_to_images
+from ..core import check_number, seeded, tensor_to_images, whole
 from ..train import fit
 
 # %% ../../nbs/20_score.ipynb #3c5ed545
@@ -79,14 +79,18 @@ def digits(
     seed:int=0,       # Of the shuffle before the split
 )->tuple:             # x (N,1,H,W) float32 in -1..1, y (N,) int64; then the held-out x and y
     "Handwritten digits, shuffled and split"
+    if source is None and labels is not None:
+        raise ValueError("expected labels together with their pictures, got labels alone")
     x, y = _from_anywhere(source, labels)
     if x.dtype==torch.uint8: x = x/127.5-1
-    x, y = check_pictures(x[:,None] if x.ndim==3 else x).float(), y.long()
+    x = check_pictures(x[:,None] if x.ndim==3 else x).float()
+    if y.is_floating_point() or (len(y) and y.min()<0):
+        raise ValueError("expected labels 0, 1, 2, ..., got others. Try labels.long().")
+    y = y.long()
     if len(x)!=len(y):
         raise ValueError("expected one label per picture, "
                          f"got {len(x)} pictures and {len(y)} labels")
-    if not 0<held_out<len(x):
-        raise ValueError(f"expected held_out between 1 and {len(x)-1}, got {held_out}")
+    held_out = check_number(held_out, 'held_out', 1, len(x)-1, whole)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     held, kept = order[:held_out], order[held_out:]
     return x[kept], y[kept], x[held], y[held]
@@ -138,8 +142,9 @@ def not_digits(
 )->torch.Tensor:                   # (B,1,H,W): half scrambled, half with noise of std 0.5 to 2
     "Pictures for f to say no to"
     sigma = .5+1.5*torch.rand(len(x), 1, 1, 1, generator=generator)
-    noisy = x+sigma*torch.randn(x.shape, generator=generator)
-    return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1)%2==0, scramble(x, generator), noisy)
+    noisy = x+(sigma*torch.randn(x.shape, generator=generator)).to(x)
+    even = torch.arange(len(x), device=x.device).view(-1, 1, 1, 1)%2==0
+    return torch.where(even, scramble(x, generator), noisy)
 
 # %% ../../nbs/20_score.ipynb #9c34cc78
 def finite_differences(
@@ -148,6 +153,7 @@ def finite_differences(
     h:float=1e-6,    # How far each pixel is moved
 )->torch.Tensor:     # Same shape as `x`
     "The gradient with one call of f per pixel, and one to start from"
+    x = x.contiguous()
     start, grad = f(x).item(), torch.zeros_like(x)
     for i in range(x.numel()):
         moved = x.clone()

@@ -6,7 +6,9 @@
 __all__ = ['geometric_sigmas', 'draw', 'momentum', 'adam']
 
 # %% ../../nbs/22_steps.ipynb #5eb0de04
+import math
 import torch
+from ..core import check_number, whole
 from ..sample import euler
 
 # %% ../../nbs/22_steps.ipynb #1dc87bbd
@@ -16,7 +18,9 @@ def geometric_sigmas(
     sigma_min:float=.05,  # The last one above 0
 )->list:                  # n+1 falling numbers, the last is 0
     "Every step takes off the same share C of the noise, the last one all of it"
-    if n<1: raise ValueError(f"expected at least one step, got {n}")
+    n = check_number(n, 'n', 1, read=whole)
+    if not 0<sigma_min<=sigma_max<math.inf:
+        raise ValueError(f"expected sigmas that fall to one above 0, got {sigma_max}, {sigma_min}")
     return [sigma_max*(sigma_min/sigma_max)**(i/max(n-1, 1)) for i in range(n)]+[0.]
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ __all__ = ['facts', 'update_facts', 'standard_error', 'model_card', 'write_card'
 
 # %% ../../nbs/63_card.ipynb #733f93c0
 import json, math
-from ..core import as_path
+from ..core import as_path, check_number, whole, write_text
 from ..folders import pocket_path, read_json
 
 # %% ../../nbs/63_card.ipynb #0581a2f3
-def _folder(path): return as_path(path or pocket_path(), 'the folder of a checkpoint')
+def _folder(path):
+    return pocket_path() if path is None else as_path(path, 'the folder of a checkpoint')
 
 def facts(
     path=None, # A checkpoint folder; pocket when missing
@@ -28,7 +29,7 @@ def update_facts(
     "Change what pocket.json says"
     file = _folder(path)/'pocket.json'
     known = read_json(file)
-    file.write_text(json.dumps(known|new, indent=1)+'\n', encoding='utf8')
+    write_text(file, json.dumps(known|new, indent=1)+'\n')
 
 # %% ../../nbs/63_card.ipynb #2b644e65
 def standard_error(
@@ -36,6 +37,7 @@ def standard_error(
     n:int,   # Of so many pictures
 )->float:    # How far a share of as many other pictures would be from it, give or take
     "Square root of p(1-p)/n (binomial)"
+    p, n = check_number(p, 'a share', 0, 1), check_number(n, 'n', 1, read=whole)
     return math.sqrt(p*(1-p)/n)
 
 _head = """---
@@ -157,4 +159,4 @@ def write_card(
     path=None, # A checkpoint folder with pocket.json; pocket when missing
 ):
     "Put the card beside the weights"
-    (_folder(path)/'README.md').write_text(model_card(path), encoding='utf8')
+    write_text(_folder(path)/'README.md', model_card(path))

@@ -18,10 +18,10 @@ from ..core import seeded
 from ..denoiser import predict_noise, predict_x0
 from ..fast.decoder import edge_loss
 from ..idea.autoencoder import kl
-from .pictures import batch_of, picks, processes, step_of, usable
-from ..schedule import add_noise, scale_input, sigma_at, sigma_like
-from ..train import (fingerprint, fit, learning, load_state, one_writer, save_state,
-                           train_steps, trained)
+from .pictures import batch_of, picks, step_of, usable
+from ..schedule import add_noise, scale_input, sigma_at
+from ..train import (fingerprint, fit, learning, load_state, one_writer, processes, put,
+                           save_state, train_steps, trained)
 from ..vae import encode, scaling_factor
 
 # %% ../../nbs/64b_codec.ipynb #0debea67
@@ -130,7 +130,7 @@ def train_vae(
     **kw,        # To `fit`
 )->list:         # Loss of every step; the latents are not yet scaled
     "Train the autoencoder in place"
-    with seeded(0): net = hasten(VAELoss(vae), compiled)
+    with seeded(0): net = hasten(VAELoss(vae).to(device_of(vae)), compiled)
     losses = fit(net, vae_batch(data, steps, bs), steps, path, **dict(lr=1.2e-3)|kw)
     vae.eval()
     return losses
@@ -202,7 +202,7 @@ def denoised(
     noise, sigma = torch.randn(z.shape, generator=g).to(z), sigma_at(t)
     x = add_noise(z, noise, sigma)
     eps = predict_noise(unet, scale_input(x, sigma), t, words).float()
-    return predict_x0(x, sigma_like(sigma, x), eps)
+    return predict_x0(x, sigma, eps)
 
 def latents_to_draw(
     unet, z, words, # As in `denoised`
@@ -354,7 +354,7 @@ def train_decoder(
             if path and here.is_main_process and _due(both[0].i+1==steps, last, save_every):
                 _save_both(path, both, critic, losses=done, mark=mark)
                 last = time.time()
-    _settle(half, averaged)
+    if averaged: put(trained(half), averaged)
     vae.eval()
     return done
 
@@ -372,8 +372,3 @@ def _checked(both, path): # the decoder's step, when both are finite
                                      f"at step {step.i}. The last good state is kept in {path}. "
                                      "Try a smaller learning rate.")
     return both[0]
-
-@torch.no_grad()
-def _settle(net, averaged): # the averaged weights are the result
-    for k, p in trained(net).items():
-        if averaged: p.copy_(averaged[k])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['guidance', 'cpu', 'tiny', 'stages', 'config_of', 'Pair', 'everyones', 'new_networks', 'check_layout', 'warm_networks',
-           'token_ids', 'silence', 'pair_loss', 'cache_texts', 'snr_weight', 'unet_batch', 'softener', 'only_images',
-           'check_place', 'save_checkpoint', 'Recipe', 'check_recipe', 'claim', 'sheet', 'train']
+           'silence', 'pair_loss', 'cache_texts', 'snr_weight', 'unet_batch', 'softener', 'only_images', 'check_place',
+           'save_checkpoint', 'Recipe', 'check_recipe', 'claim', 'sheet', 'train']
 
 # %% ../../nbs/64c_recipe.ipynb #db3ed354
 import copy, json, os, shutil
@@ -15,22 +15,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..configs import read_config, text_config, unet_config, vae_config
-from ..core import (as_folder, as_path, image_grid, seeded, seeded_noise,
-                          tensor_to_images, whole_file)
+from ..core import (as_folder, as_path, check_number, image_grid, seeded, seeded_noise,
+                          tensor_to_images, whole, write_text)
 from ..denoiser import noise_loss, noise_predictor, predict_noise
-from ..folders import pocket_path, read_json
+from ..folders import pocket_path, read_json, write_weights
 from ..idea.contrast import ImageEncoder, contrastive_loss
 from ..load import SD, load_sd, save_sd
 from . import scenes
 from .card import update_facts
 from .codec import (cache_latents, decoder_batch, device_of, hasten, kept, mark_of,
                                   standardize, train_decoder, train_vae)
-from .pictures import Pictures, batch_of, picks, processes, rendering
+from .pictures import Pictures, batch_of, picks, rendering
 from ..sample import make_plan, sample
 from ..schedule import random_timesteps, sigma_at
 from ..text import TextEncoder, encode_tokens
-from ..tokenizer import Tokenizer
-from ..train import fingerprint, fit
+from ..tokenizer import Tokenizer, tokenize
+from ..train import fingerprint, fit, processes
 from ..unet import UNet
 from ..vae import VAE, decode
 
@@ -129,14 +129,6 @@ def warm_networks(
     return tuple(net.requires_grad_(True) for net in (sd.vae, pair, sd.unet))
 
 # %% ../../nbs/64c_recipe.ipynb #3632d1cf
-def token_ids(
-    tokenizer, texts:list,  # `Tokenizer`, strings
-    pad:bool=True,          # To 77; else to the longest: a causal encoder cannot tell
-)->torch.Tensor:            # (B,77), or less wide
-    "Ids of captions"
-    return tokenizer(texts, padding='max_length' if pad else True, truncation=True, max_length=77,
-                     return_tensors='pt').input_ids
-
 @torch.no_grad()
 def silence(
     pair:Pair,        # Its table of tokens is changed in place
@@ -172,7 +164,7 @@ def cache_texts(
     texts = [*dict.fromkeys(['', *captions])]
     rows = {t: i for i, t in enumerate(texts)}
     def make():
-        some = (token_ids(tokenizer, texts[i:i+bs]) for i in range(0, len(texts), bs))
+        some = (tokenize(tokenizer, texts[i:i+bs]) for i in range(0, len(texts), bs))
         return torch.cat([encode_tokens(text_encoder, ids).half().cpu() for ids in some])
     emb = kept(path, fingerprint([texts, *text_encoder.parameters()]), make)
     return emb, torch.tensor([rows[c] for c in captions])
@@ -238,14 +230,10 @@ def check_place(
                              "something else. Choose another name.")
 
 def _write_clip(folder, pair): # the image encoder, the projection and the temperature
-    from safetensors.torch import save_file
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    state = {k: v.detach().cpu().half().contiguous() for k, v in pair.state_dict().items()
-             if not k.startswith('text.')}
-    save_file(state, folder/'model.safetensors', metadata=dict(format='pt'))
-    config = json.dumps(pair.image.config, indent=2)+'\n'
-    (folder/'config.json').write_text(config, encoding='utf8')
+    state = {k: v.half() for k, v in pair.state_dict().items() if not k.startswith('text.')}
+    write_weights(folder/'model.safetensors', state)
+    write_text(folder/'config.json', json.dumps(pair.image.config, indent=2)+'\n')
 
 def save_checkpoint(
     out,              # Gets a diffusers folder; a checkpoint that is there is replaced
@@ -261,8 +249,11 @@ def save_checkpoint(
     _write_clip(part/'clip', pair)
     (part/'pocket.json').unlink()             # pocket's own numbers
     update_facts(part, subjects=len(scenes.subjects()), guidance_scale=guidance)
-    shutil.rmtree(out, ignore_errors=True)
+    old = out.with_name(f'.{out.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists(): os.replace(out, old)     # a kill leaves one of the two
     os.replace(part, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/64c_recipe.ipynb #1027a3c2
 @dataclass(frozen=True)
@@ -301,10 +292,12 @@ def check_recipe(
     "Before any work"
     least = dict(pictures=2, block=1)|{f'{s}_steps': int(warm is None) for s in stages}
     least |= {f'{s}_bs': 2 for s in stages}
-    for k, n in least.items():
-        if getattr(r, k)<n: raise ValueError(f"expected {k} of at least {n}, got {getattr(r, k)}")
-    if r.processes is not None and r.processes<0:
-        raise ValueError(f"expected processes of 0 or more, got {r.processes}")
+    if r.processes is not None: least['processes'] = 0
+    for k, n in least.items(): check_number(getattr(r, k), k, n, read=whole)
+    check_number(r.lr, 'lr', 1e-6, 10)
+    check_number(r.save_every, 'save_every', 0)
+    if r.precision not in ('no', 'bf16', 'fp16'):
+        raise ValueError(f"expected a precision 'no', 'bf16' or 'fp16', got {r.precision!r}")
     if warm and (r.vae_steps or r.clip_steps) and not r.unet_steps:
         raise ValueError("expected unet_steps above 0, since vae_steps or clip_steps are: a UNet "
                          "knows latents and words only as they were")
@@ -326,7 +319,7 @@ def claim(
                          f"{', '.join(odd)}. Delete it, or choose another folder.")
     as_folder(run)
     if processes().is_main_process:
-        whole_file(file, lambda part: part.write_text(json.dumps(said), encoding='utf8'))
+        write_text(file, json.dumps(said))
 
 # %% ../../nbs/64c_recipe.ipynb #c6870fde
 def _rounded(net): # as the file will have it
@@ -390,7 +383,8 @@ def sheet(vae, unet, emb, path, n=8):
 def _captions_and_ids(data, pair, warm):
     tokenizer = Tokenizer.from_folder(pocket_path()/'tokenizer')
     captions = data.captions()
-    ids = token_ids(tokenizer, captions, False)
+    # to the longest: a causal encoder cannot tell
+    ids = tokenizer(captions, padding=True, truncation=True, return_tensors='pt').input_ids
     if not warm: silence(pair, ids)
     return tokenizer, captions, ids
 

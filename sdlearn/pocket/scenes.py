@@ -154,7 +154,7 @@ def render(
     "A picture and its caption, from the words that a person would use"
     scene = Scene(subject, style, background, color, size, place, count, close_up,
                   relation, other, other_color, design, seed)
-    im = draw(scene)
+    im, side = draw(scene), check_number(side, 'side', 1, 4096, whole)
     return (im if side==im.width else im.resize((side, side), Image.LANCZOS)), caption(scene)
 
 # %% ../../nbs/61_scenes.ipynb #10244512
