@@ -4258,3 +4258,113 @@ def test_a_file_of_something_else_is_no_training_state(tmp_path):
     from sdlearn.train import load_state
     torch.save([1, 2], tmp_path/'a.pt')
     with pytest.raises(ValueError, match='training state, got list'): load_state(tmp_path/'a.pt')
+
+# ---------------------------------------------------------------- values that a change of sign or size would not have shown
+
+def test_new_scenes_are_beyond_all_training():
+    from sdlearn.pocket.evaluate import first_new
+    from sdlearn.pocket.recipe import Recipe, _settings, tiny
+    assert first_new>=10*Recipe().pictures and first_new>2*10**6+10**6      # the student's prompts, too
+    from dataclasses import replace
+    assert _settings(replace(tiny, lr=.5), 'vae', 2e-3)['lr']==1e-3
+
+def test_counts_are_asked_of_the_core_alone():
+    from sdlearn.pocket.atlas import subjects
+    from sdlearn.pocket.evaluate import examples
+    from sdlearn.pocket.scenes import core
+    assert {s.subject for s in examples('count', 40)}<={*subjects(core)}
+    assert not {s.subject for s in examples('color', 40)}<={*subjects(core)}
+
+def test_what_is_kept_of_an_evaluation(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    from sdlearn.pocket import evaluate as e
+    kept = {}
+    monkeypatch.setattr(e, 'evaluate', lambda *args: dict(fast=args[-1]))
+    monkeypatch.setattr(e, 'update_facts', lambda path, **new: kept.update(new))
+    monkeypatch.setattr(e, 'write_card', lambda path: None)
+    for fast in (False, True):
+        e._evaluate(SimpleNamespace(quick=True, path=None, steps=None, guidance=None, sampler=None, out=None, fast=fast, keep=True))
+    assert kept==dict(metrics=dict(fast=False), student=dict(fast=True))
+
+def test_the_command_hears_a_negative_prompt_and_passes_warnings_on(tmp_path, capsys, monkeypatch):
+    from sdlearn import cli, pipeline
+    heard, real = [], pipeline.txt2img
+    monkeypatch.setattr(pipeline, 'txt2img', lambda *args, **kw: heard.append(kw['negative_prompt']) or real(*args, **kw))
+    asked = ['a fox', '-o', str(tmp_path/'a.png'), '--steps', '1']
+    assert cli.main([*asked, '--negative', 'snow'])==0 and cli.main([*asked, '--negative', 'qwxyz'])==0 and cli.main(asked)==0
+    assert heard==['snow', 'qwxyz', None] and 'note: this checkpoint has never seen' in capsys.readouterr().err
+
+def test_a_seed_of_more_than_32_bits_is_told():
+    from sdlearn.core import generator_of
+    with pytest.warns(UserWarning, match='32 bits'): generator_of(2**32+5)
+
+def test_rulers_of_time():
+    from sdlearn import bench
+    calls = []
+    rounds = bench.alternate(dict(a=lambda: calls.append('a'), b=lambda: calls.append('b')), 3)
+    assert len(rounds)==3 and calls==['a', 'b']*4 and bench.spread([5, 1, 4, 2, 3])==(2, 3, 4)
+
+def test_four_prompts_at_once_are_counted_per_picture(monkeypatch):
+    from sdlearn import bench
+    monkeypatch.setattr(bench, 'alternate', lambda sides, n: [dict(theirs=8., ours=4., loop=8., lms=2., seed=3., four=16.)]*3)
+    monkeypatch.setattr(bench, '_theirs', lambda steps: None)
+    assert [r[1] for r in bench._warm(1, 3).values()]==[2, 1, 1.5, 2]
+
+def test_a_bundle_is_converted_whole():
+    from sdlearn import load_sd
+    sd = load_sd(networks='own').to(torch.bfloat16)
+    for net in (sd.text_encoder, sd.vae, sd.unet): assert {p.dtype for p in net.parameters()}=={torch.bfloat16}
+
+def test_what_a_batch_of_digits_costs():
+    from sdlearn.denoiser import noise_loss
+    from sdlearn.idea.classes import batch_loss, noisy_batch
+    x, y = torch.randn(9, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9)
+    def net(x_in, sigma, told): return .5*x_in
+    x0, eps, sigma, told = noisy_batch(x, y, torch.Generator().manual_seed(1))
+    said = net((x0+sigma[:, None, None, None]*eps)/(sigma[:, None, None, None]**2+1)**.5, sigma, told)
+    right = ((said-eps).square().mean((1, 2, 3))*(sigma**2+1)).mean()
+    assert_close(batch_loss(net, x, y, torch.Generator().manual_seed(1)), right)
+
+def test_the_thin_layer_of_a_lora_keeps_the_size_of_what_goes_in():
+    from sdlearn.adapt.lora import LowRank
+    torch.manual_seed(0)
+    low = LowRank(torch.nn.Linear(512, 64), rank=256)
+    assert .8<low.down(torch.randn(64, 512)).std()<1.2
+
+def test_losses_of_students_are_means(monkeypatch):
+    from sdlearn.fast.student import Made, landing_error, path_loss, whole_path, whole_path_loss
+    plan, net, g = Made().plan(), Still('epsilon'), torch.Generator().manual_seed(0)
+    paths, words = torch.randn(1, 5, 4, 4, 4, generator=g), torch.zeros(1, 77, 8)
+    same = paths.expand(6, -1, -1, -1, -1), words.expand(6, -1, -1)
+    one = torch.stack([landing_error(net, paths, words, torch.tensor([i]), plan)[0] for i in range(4)])
+    with torch.no_grad():
+        said = path_loss(*same, plan, bs=4)(net, torch.Generator().manual_seed(3))
+        came = whole_path_loss(*same, plan, bs=4)(net, torch.Generator().manual_seed(3))
+    assert one.min()<=said<=one.max()
+    errors = torch.stack([(x-paths[:, j+1]).square().mean() for j, x in enumerate(whole_path(net, paths[:, 0], words, plan))])
+    assert_close(came, (errors*torch.tensor([1/16, 2/16, 3/16, 1.])).sum().detach())
+
+def test_an_average_goes_after_the_student_it_is_given():
+    from sdlearn.fast.consistency import Average
+    nets = [torch.nn.Linear(2, 1) for _ in range(2)]
+    for net, value in zip(nets, (1., 5.)):
+        for p in net.parameters(): torch.nn.init.constant_(p, value)
+    slow = Average(.9)
+    for net, value in zip(nets, (1., 5.)):
+        with slow.follow(net): assert all((p==value).all() for p in net.parameters())
+
+def test_a_target_is_missed_by_the_square():
+    from sdlearn.guidance import target_loss
+    assert_close(target_loss(torch.full((2, 3, 2, 2), .5), torch.zeros(1, 3, 2, 2)), torch.tensor(.25))
+
+def test_a_decoder_that_overflows_is_asked_again_in_full():
+    import copy
+    from sdlearn import load_sd
+    from sdlearn.vae import decode
+    vae = load_sd(networks='own').vae
+    half = copy.deepcopy(vae).bfloat16()
+    z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    def burst(module, args, out): return out*float('inf') if out.dtype==torch.bfloat16 else out
+    handle = half.decoder.conv_out.register_forward_hook(burst)
+    with torch.no_grad(): assert (decode(half, z.bfloat16()).float()-decode(vae, z)).abs().mean()<.05
+    handle.remove()
