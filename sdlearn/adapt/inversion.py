@@ -204,7 +204,7 @@ def save_word(
         raise ValueError(f"expected a token such as '<tiny>', got {token!r}")
     vectors = check_tensor(vectors, 'vectors', '(n,D)').detach().float()
     if not len(vectors) or not vectors.isfinite().all():
-        raise ValueError(f"expected finite vectors, one or more, got {len(vectors)}")
+        raise ValueError("expected finite vectors, one or more, got NaN, infinity or none")
     return write_weights(file, {token: vectors[0].clone() if len(vectors)==1 else vectors})
 
 def _check_entries(file, found):

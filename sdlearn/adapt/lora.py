@@ -302,6 +302,9 @@ def _notes(pairs): # what diffusers calls adapter metadata: peft's own settings,
         notes |= {f'{piece}.{k}': v for k, v in said.items()}
     return notes
 
+def _finite(p):
+    return all(torch.isfinite(torch.as_tensor(v)).all() for v in (p.down, p.up, p.alpha))
+
 def save_lora(
     pairs:dict,             # 'unet.<name of a layer>' -> `Pair`
     file,                   # A .safetensors file; replaced whole
@@ -404,6 +407,3 @@ def _check_fit(name, pairs, layers):
     if odd := [k for k, p in pairs.items() if not _finite(p)]:
         raise ValueError(f"expected finite numbers in {name}, got others in {', '.join(odd[:3])}. "
                          "Its training has diverged.")
-
-def _finite(p):
-    return all(torch.isfinite(torch.as_tensor(v)).all() for v in (p.down, p.up, p.alpha))
