@@ -4368,3 +4368,45 @@ def test_a_decoder_that_overflows_is_asked_again_in_full():
     handle = half.decoder.conv_out.register_forward_hook(burst)
     with torch.no_grad(): assert (decode(half, z.bfloat16()).float()-decode(vae, z)).abs().mean()<.05
     handle.remove()
+
+def useless_later(folder): # what would have been written, trained or drawn without a word
+    from dataclasses import replace
+    from sdlearn import load_sd, page, train
+    from sdlearn.adapt import dreambooth, finetune, inversion, lora
+    from sdlearn.attention import word_map
+    from sdlearn.fast import guided, student
+    from sdlearn.guidance import blue_loss, target_loss
+    from sdlearn.idea import score, steps
+    from sdlearn.pocket import card, pictures, recipe
+    from sdlearn.pocket.scenes import render
+    sd, fox = load_sd(networks='own'), render('fox')[0]
+    latents, words = torch.zeros(2, 4, 16, 16), torch.zeros(2, 77, 128)
+    net = torch.nn.Linear(2, 1)
+    yield from [
+        lambda: inversion.save_word(folder/'a.safetensors', '<x>', torch.full((1, 4), math.nan)),
+        lambda: inversion.save_word(folder/'a.safetensors', '<x>', torch.ones(1, 2, 4)),
+        lambda: inversion.save_word(folder/'a.safetensors', ' ', torch.ones(1, 4)),
+        lambda: inversion.encoded(sd, fox), lambda: inversion.encoded(sd, []),
+        lambda: inversion.spread_timesteps(4, lowest=-1.),
+        lambda: lora.save_lora({}, folder/'l.safetensors'), lambda: lora.lora_loss(latents, words, bs=0),
+        lambda: finetune.learn_look(sd, [fox]*2, ['a', 'b'], None),
+        lambda: dreambooth.learn_dreambooth(sd, [fox], 'a sks fox', ''),
+        lambda: recipe.check_recipe(replace(recipe.tiny, precision='half')), lambda: recipe.check_recipe(replace(recipe.tiny, lr=math.nan)),
+        lambda: recipe.check_recipe(replace(recipe.tiny, image_bs=2.5)),
+        lambda: pictures.Pictures(folder, count=0), lambda: pictures.Pictures(folder, 4, side='x'),
+        lambda: train.fit(net, lambda net, g: net.weight.sum(), 1, decay='no', progress=False),
+        lambda: score.digits(labels=[1, 2, 3]), lambda: score.digits(torch.zeros(4, 8, 8), [.5, 1.5, 2., 3.], held_out=1),
+        lambda: score.digits(held_out=True),
+        lambda: steps.geometric_sigmas(3, 1., 5.), lambda: steps.geometric_sigmas(3, 1., 0.),
+        lambda: blue_loss(torch.rand(3, 4, 4)), lambda: target_loss(torch.rand(4, 3, 2, 2), torch.rand(2, 3, 2, 2)),
+        lambda: guided.guidance_features(3., dim=2),
+        lambda: student.between(student.Made().plan(), (4, -3, 3, 3)), lambda: student.train_student(sd, 'a fox', folder, folder/'s.safetensors'),
+        lambda: word_map(dict(a=torch.rand(1, 1, 64, 77)), [1], (8, 80)),
+        lambda: render('fox', side=True), lambda: card.standard_error(.5, 0), lambda: card.facts(''),
+        lambda: page.page_settings(sd, 5, 1, 'sketch'), lambda: page.unpack_runtime(folder/'no.tgz', folder),
+        lambda: sd.unet and __import__('sdlearn').txt2img(sd, 'a', [['b']], seed=0)]
+
+def test_what_would_be_useless_later_is_refused(tmp_path):
+    for i, odd in enumerate(useless_later(tmp_path)):
+        with pytest.raises((ValueError, IndexError), match='expected'): odd()
+    assert i==32 and not [*tmp_path.glob('*.safetensors')]

@@ -90,8 +90,9 @@ def encode_prompt(
     if isinstance(negative, str): negative = [negative]*len(prompts)
     if not isinstance(negative, (list, tuple)) or len(negative)!=len(prompts):
         raise ValueError(f"expected one negative prompt or {len(prompts)}, got {negative_prompt!r}")
+    negative = as_texts(list(negative))
     _warn_unseen(sd, dict.fromkeys([*prompts, *negative]))
-    both = [embed_prompts(sd.tokenizer, sd.text_encoder, p) for p in (list(negative), prompts)]
+    both = [embed_prompts(sd.tokenizer, sd.text_encoder, p) for p in (negative, prompts)]
     return torch.cat(both).to(sd.dtype)
 
 @torch.no_grad()
