@@ -27,7 +27,7 @@ def tint(
     rgba:np.ndarray,  # (h,w,4) bytes
     color:str,        # A key of `colors`
 )->np.ndarray:        # (h,w,4) bytes; opacity as it was
-    "Keep the brightness of each pixel, replace its colour"
+    "Keep which pixel is brighter than which, replace the colour"
     g = _brightness(rgba.astype(np.float32))
     middle = np.array(colors[color], np.float32)
     dark = middle*.32
