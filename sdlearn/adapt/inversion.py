@@ -11,6 +11,7 @@ __all__ = ['subject_captions', 'vectors_of', 'new_words', 'with_words', 'word_em
 import copy, json, re, warnings
 from pathlib import Path
 import torch
+from typing import Callable
 from PIL import Image, ImageOps
 from torch import nn, Tensor
 from ..configs import latent_side
@@ -273,7 +274,7 @@ def word_loss(
     latents:Tensor,  # (P,4,h,w) the pictures, encoded
     ids:Tensor,      # (P,C,77) C captions for each picture, as ids
     batch:int=8,     # Pictures per step
-)->callable:         # loss_fn(word, generator), as `fit` wants it
+)->Callable:         # loss_fn(word, generator), as `fit` wants it
     "Predict the noise on the pictures from captions with the word in it (Gal et al. 2022, eq. 2)"
     def loss_fn(word, generator):
         i, j = (torch.randint(n, (batch,), generator=generator) for n in ids.shape[:2])

@@ -45,7 +45,7 @@ def answer(
 def lcm_timesteps(
     num_inference_steps:int, # How many, 1 to `original`
     original:int=50,         # Stops that were trained
-    schedule:Schedule=SD_V1,
+    schedule:Schedule=SD_V1, # The checkpoint's noise levels
 )->list:                     # Whole timesteps, falling
     "Some of the trained stops, evenly (diffusers' LCMScheduler, `original_inference_steps`)"
     T = schedule.num_train_timesteps
@@ -70,7 +70,7 @@ class Average:
     """The trained numbers, followed slowly (the target network of Song et al. 2023,
     algorithm 2). It starts where the student is, also when a training is resumed"""
     def __init__(self,
-        decay:float, # Share that is kept in each step: 0 is the student itself
+        decay:float, # Share that is kept in each step: 0 is the student itself, 1 never moves
     ):
         self.decay, self.params, self.numbers = check_number(decay, 'decay', 0, 1), {}, {}
     @torch.no_grad()
