@@ -10,8 +10,8 @@ __all__ = ['subject_captions', 'vectors_of', 'new_words', 'with_words', 'word_em
 # %% ../../nbs/40_inversion.ipynb #0d24f9bf
 import copy, json, re, warnings
 from pathlib import Path
-import torch
 from typing import Callable
+import torch
 from PIL import Image, ImageOps
 from torch import nn, Tensor
 from ..configs import latent_side
