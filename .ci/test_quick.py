@@ -4411,3 +4411,48 @@ def test_what_would_be_useless_later_is_refused(tmp_path):
     for i, odd in enumerate(useless_later(tmp_path)):
         with pytest.raises((ValueError, IndexError), match='expected'): odd()
     assert i==32 and not [*tmp_path.glob('*.safetensors')]
+
+def test_a_prompt_that_just_fits_is_not_said_to_be_cut():
+    import warnings
+    from sdlearn import load_sd
+    from sdlearn.tokenizer import tokenize
+    tokenizer = load_sd(networks='own').tokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        tokenize(tokenizer, ['a '*75, 'a fox', ''])
+    with pytest.warns(UserWarning, match='at most 77 tokens, got 78'): tokenize(tokenizer, 'a '*76)
+
+def test_numbers_of_any_library_are_kept_as_numbers(tmp_path):
+    import numpy as np
+    from PIL import Image
+    from sdlearn.infotext import read_settings, save_picture
+    said = dict(prompt='a fox', seed=np.int64(3), guidance_scale=torch.tensor(4.5), steps=np.float32(.5))
+    save_picture(Image.new('RGB', (8, 8)), tmp_path/'a.png', said)
+    assert read_settings(tmp_path/'a.png')==dict(prompt='a fox', seed=3, guidance_scale=4.5, steps=.5)
+
+def test_pictures_that_are_shown_are_drawn(monkeypatch):
+    import numpy as np
+    from PIL import Image
+    from sdlearn import core
+    shown = []
+    monkeypatch.setattr(core, 'show_figure', lambda fig, *args, **kw: shown.append(fig))
+    core.show_images([Image.new('RGB', (4, 4), c) for c in ('red', 'blue', 'green')], ['a', 'b', 'c'], cols=2)
+    axes = [ax for ax in shown[0].axes if ax.images]
+    assert [tuple(np.asarray(ax.images[0].get_array())[0, 0]) for ax in axes]==[(255, 0, 0), (0, 0, 255), (0, 128, 0)]
+    assert [ax.get_title() for ax in axes]==['a', 'b', 'c']
+
+def test_a_training_looks_at_its_place_before_it_works(tmp_path, monkeypatch):
+    from sdlearn.pocket import recipe
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'holiday.jpg').write_bytes(b'')
+    monkeypatch.setattr(recipe, 'rendering', None)         # what would work first
+    with pytest.raises(ValueError, match='something else'): recipe.train(tmp_path/'run', tmp_path/'out', recipe.tiny)
+    assert [p.name for p in (tmp_path/'out').iterdir()]==['holiday.jpg']
+
+def test_blots_name_a_subject_and_pixels_all_else(monkeypatch):
+    from sdlearn.pocket import evaluate as e
+    sides = []
+    monkeypatch.setattr(e, 'by_clip', lambda images, options, clip, part=None: [row[0] for row in options])
+    monkeypatch.setattr(e, 'by_pixels', lambda images, options, side=64: sides.append(side) or [row[0] for row in options])
+    for kind in ('subject', 'color', 'relation'): e.named_right([None], e.examples(kind, 1), kind, None)
+    assert sides==[8, 64, 64]                               # who is where, of a relation; not who it is
