@@ -3783,11 +3783,23 @@ def test_the_standard_view_is_not_turned():
     whole, small = (np.asarray(render('otter', 'neon', side=s)[0], float) for s in (128, 64))
     assert np.abs(small-whole.reshape(64, 2, 64, 2, 3).mean((1, 3))).mean()<2
 
-def test_a_decoder_ends_as_its_average():
+def test_a_decoder_ends_as_its_average(monkeypatch):
+    from types import SimpleNamespace
+    from sdlearn.pocket import codec
     from sdlearn.train import put
+    from sdlearn.vae import VAE
     net = torch.nn.Linear(2, 2)
     put(dict(net.named_parameters()), {k: torch.full_like(p, 3.) for k, p in net.named_parameters()})
     assert all((p==3).all() for p in net.parameters())
+    def one_step(half, *others): # whose average is 3 everywhere
+        averaged = {k: torch.full_like(p, 3.) for k, p in codec.trained(half).items()}
+        yield SimpleNamespace(i=0, loss=1., good=True, averaged=averaged), None
+    monkeypatch.setattr(codec, 'in_turns', one_step)
+    vae = VAE(tiny_vae)
+    before = {k: v.clone() for k, v in vae.encoder.state_dict().items()}
+    assert codec.train_decoder(vae, lambda g: None, 1, progress=False)==[1.]
+    assert all((p==3).all() for p in vae.decoder.parameters()) and not vae.training
+    assert all(torch.equal(v, before[k]) for k, v in vae.encoder.state_dict().items())
 
 def test_what_the_recipe_starts_and_ends_with(tmp_path):
     from unittest.mock import patch
@@ -4094,14 +4106,14 @@ def test_a_training_alone_stays_where_its_network_is(monkeypatch):
 @pytest.mark.parametrize('stray', ['diffusion_pytorch_model (1)', 'diffusion_pytorch_model-old', 'backup', 'a_lora'])
 def test_a_copy_beside_the_weights_is_not_taken(tmp_path, stray):
     from safetensors.torch import save_file
-    from sdlearn.folders import wanted_files, weights_files
+    from sdlearn.folders import weights_files
     for name in ('diffusion_pytorch_model', stray): save_file(dict(w=torch.ones(1)), tmp_path/f'{name}.safetensors')
     assert [f.name for f in weights_files(tmp_path)]==['diffusion_pytorch_model.safetensors']
     save_file(dict(w=torch.ones(1)), tmp_path/'diffusion_pytorch_model.fp16.safetensors')
     assert [f.name for f in weights_files(tmp_path, 'fp16')]==['diffusion_pytorch_model.fp16.safetensors']
 
 @pytest.mark.parametrize('name', ['dreamlike-art/dreamlike-photoreal-2.0', 'SG161222/Realistic_Vision_V5.1_noVAE'])
-def test_a_name_with_a_dot_is_looked_for_on_the_hub(name, monkeypatch):
+def test_a_name_with_a_dot_is_looked_for_on_the_hub(name):
     from sdlearn.folders import find_checkpoint
     with pytest.raises((ValueError, OSError)) as e: find_checkpoint(name)
     assert 'none of them' not in str(e.value)
@@ -4146,7 +4158,6 @@ print(fingerprint(loss))
 """
 
 def test_a_loss_is_the_same_in_another_process():
-    import subprocess
     def said(seed): return subprocess.run([sys.executable, '-c', lossy], env=os.environ|dict(PYTHONHASHSEED=seed),
                                           capture_output=True, text=True, check=True).stdout
     assert said('1')==said('2')!=''
@@ -4317,7 +4328,6 @@ def test_a_bundle_is_converted_whole():
     for net in (sd.text_encoder, sd.vae, sd.unet): assert {p.dtype for p in net.parameters()}=={torch.bfloat16}
 
 def test_what_a_batch_of_digits_costs():
-    from sdlearn.denoiser import noise_loss
     from sdlearn.idea.classes import batch_loss, noisy_batch
     x, y = torch.randn(9, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9)
     def net(x_in, sigma, told): return .5*x_in
@@ -4332,7 +4342,7 @@ def test_the_thin_layer_of_a_lora_keeps_the_size_of_what_goes_in():
     low = LowRank(torch.nn.Linear(512, 64), rank=256)
     assert .8<low.down(torch.randn(64, 512)).std()<1.2
 
-def test_losses_of_students_are_means(monkeypatch):
+def test_losses_of_students_are_means():
     from sdlearn.fast.student import Made, landing_error, path_loss, whole_path, whole_path_loss
     plan, net, g = Made().plan(), Still('epsilon'), torch.Generator().manual_seed(0)
     paths, words = torch.randn(1, 5, 4, 4, 4, generator=g), torch.zeros(1, 77, 8)
@@ -4372,7 +4382,7 @@ def test_a_decoder_that_overflows_is_asked_again_in_full():
 
 def useless_later(folder): # what would have been written, trained or drawn without a word
     from dataclasses import replace
-    from sdlearn import load_sd, page, train
+    from sdlearn import load_sd, page, train, txt2img
     from sdlearn.adapt import dreambooth, finetune, inversion, lora
     from sdlearn.attention import word_map
     from sdlearn.fast import guided, student
@@ -4405,7 +4415,7 @@ def useless_later(folder): # what would have been written, trained or drawn with
         lambda: word_map(dict(a=torch.rand(1, 1, 64, 77)), [1], (8, 80)),
         lambda: render('fox', side=True), lambda: card.standard_error(.5, 0), lambda: card.facts(''),
         lambda: page.page_settings(sd, 5, 1, 'sketch'), lambda: page.unpack_runtime(folder/'no.tgz', folder),
-        lambda: sd.unet and __import__('sdlearn').txt2img(sd, 'a', [['b']], seed=0)]
+        lambda: txt2img(sd, 'a', [['b']], seed=0)]
 
 def test_what_would_be_useless_later_is_refused(tmp_path):
     for i, odd in enumerate(useless_later(tmp_path)):
