@@ -18,7 +18,7 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae schedule unet guidance denoiser adapt.inversion adapt.lora schedulers
-    sample fast.progressive fast.guided fast.student fast.consistency fast.cache fast.export fast.decoder load pipeline adapt.imagic
+    sample fast.progressive fast.guided fast.student fast.consistency fast.cache fast.export load fast.decoder pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate adapt.which pocket.__main__ infotext explore page cli __main__ bench'''.split()  # from the ground up

@@ -108,6 +108,8 @@ def word_map(
     if not places or not maps or not {*map(whole, places)}<={*range(77)}:
         raise ValueError(f"expected places of a word and maps, got {places} and {len(maps)} maps; "
                          "token_places and attention_maps give them")
+    if not isinstance(size, (tuple, list)) or [*map(lambda n: (whole(n) or 0)>0, size)]!=[True]*2:
+        raise ValueError(f"expected a size (height, width) in pixels, got {size!r}")
     out = torch.zeros(size)
     for m in maps.values():
         h = max(1, round((m.shape[2]*size[0]/size[1])**.5))

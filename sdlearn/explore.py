@@ -210,7 +210,7 @@ def appearing(
     every:int=5,  # Steps between two pictures on the way
 ):                # Yields PIL pictures: the prediction every few steps, then the end
     "Pictures on the way from noise"
-    plan = plan_for(sd, sampler, steps)
+    plan, every = plan_for(sd, sampler, steps), check_number(every, 'every', 1, read=whole)
     for step in denoise(plan, eps_fn, *_start(sd, plan, seeds), progress=False):
         if step.i and step.i%every==0: yield _picture(sd, step.x0)
     yield _picture(sd, step.x_next)

@@ -114,11 +114,14 @@ def native_size(sd)->int: # Pixels
     if not hasattr(sd, 'unet'): raise ValueError(f"expected what load_sd gives, got {sd!r}")
     return 8*latent_side(sd.unet.config)
 
+def _several(seed):
+    kinds = list, tuple, range, np.ndarray, torch.Tensor
+    return isinstance(seed, kinds) and getattr(seed, 'ndim', 1)
+
 def _seeds(seed, n): # one integer or torch.Generator per picture
     if seed is None: seed = random.randrange(2**31)
     if (first := whole(seed)) is not None: return [first+i for i in range(n)]
-    several = isinstance(seed, (list, tuple, range, np.ndarray, torch.Tensor))
-    seeds = list(seed) if several and np.ndim(seed) else [seed]
+    seeds = list(seed) if _several(seed) else [seed]
     if len(seeds)==n: return seeds
     raise ValueError(f"expected one seed or {n}, one per prompt, got {len(seeds)}: {seed!r}")
 
@@ -134,14 +137,16 @@ def _prompts(prompt, eps_fn, seed, **asked): # one string per picture
     if said := [k for k, v in dict(prompt=prompt, **asked).items() if v is not None]:
         raise ValueError("expected an eps_fn alone, which has its prompt and guidance inside, "
                          f"got {', '.join(said)} as well")
-    return ['']*(len(seed) if np.ndim(seed) else 1)
+    return ['']*(len(seed) if _several(seed) else 1)
 
-def _warn_unheard(sd, negative_prompt, guidance_scale):
-    scale = sd.guidance_scale if guidance_scale is None else guidance_scale
-    if scale!=1 or negative_prompt in (None, '') or not any(negative_prompt): return
+def _warn_unheard(sd, negative_prompt, guidance_scale, guidance_interval):
+    if (sd.guidance_scale if guidance_scale is None else guidance_scale)!=1: return
+    said = [negative_prompt not in (None, '') and any(negative_prompt) and 'a negative prompt',
+            guidance_interval is not None and 'a guidance_interval']
     cure = 'Take more than 1.' if sd.folded is None else 'load_sd() without fast hears it.'
-    warnings.warn("a negative prompt is not heard at guidance_scale 1, which asks the prompt "
-                  f"alone. {cure}")
+    for what in filter(None, said):
+        warnings.warn(f"{what} is not heard at guidance_scale 1, which asks the prompt "
+                      f"alone. {cure}")
 
 def plan_for(
     sd,                           # `SD` bundle
@@ -162,7 +167,7 @@ def plan_for(
 def _ask(sd, prompts, eps_fn, negative_prompt, guidance_scale, guidance_interval):
     if eps_fn is not None: return eps_fn
     emb = encode_prompt(sd, prompts, negative_prompt)
-    _warn_unheard(sd, negative_prompt, guidance_scale)
+    _warn_unheard(sd, negative_prompt, guidance_scale, guidance_interval)
     return noise_predictor(sd, emb, guidance_scale, guidance_interval)
 
 def _finish(sd, steps, on_step): # -> PIL images

@@ -22,13 +22,17 @@ from .core import as_folder, as_path, check_number, real, seeded, whole, whole_f
 
 # %% ../nbs/91_train.ipynb #3d06d697
 def batch_rng(
-    seed:int,   # Seed of the whole run
+    seed:int,   # Seed of the whole run, below 2**26
     step:int,   # Step number
     rank:int=0, # Which of several processes, below 64
 )->torch.Generator: # On the CPU
     """A fresh generator for every step: a resumed run sees exactly the batches
     an uninterrupted one sees"""
+    seed = check_number(seed, 'a seed', 0, _last_seed, whole)
+    rank = check_number(rank, 'rank', 0, 63, whole)
     return torch.Generator().manual_seed((seed*1_000_003+step)*64+rank)
+
+_last_seed = 2**26-1 # a generator keeps 32 bits: 2**26 apart would be the same
 
 # %% ../nbs/91_train.ipynb #4bac09e1
 def save_state(
@@ -252,7 +256,7 @@ def _named(params): # name -> parameter
 def _check_training(n, seed, lr, precision): # the numbers, as Python has them
     if whole(n) is None or n<0:
         raise ValueError(f"expected a number of steps, 0 or more, got {n!r}")
-    seed = check_number(seed, 'a seed', 0, 2**32, whole)
+    seed = check_number(seed, 'a seed', 0, _last_seed, whole)
     if not 0<(real(lr) or 0)<=1:
         raise ValueError(f"expected a learning rate above 0 and at most 1, got {lr!r}")
     if precision not in ('no', 'bf16', 'fp16'):
@@ -351,6 +355,8 @@ def _stop(step, path):
                              "Try a smaller learning rate.")
 
 def _check_fit(functions, save_every, preview_every, settings):
+    if (functions[1] is str)!=(preview_every==0):
+        raise ValueError("expected a preview and how often (preview_every), or neither")
     if not isinstance(settings.get('decay', False), (bool, np.bool_)):
         raise ValueError(f"expected decay to be True or False, got {settings['decay']!r}")
     check_number(save_every, 'save_every', 0)
@@ -384,7 +390,7 @@ def fit(
     if path and path.is_dir(): raise ValueError(f"expected a file, got the folder {path}")
     _check_fit([loss_fn, preview or str], save_every, preview_every, settings)
     steps = check_number(steps, 'a number of steps', 0, read=whole)
-    seed = check_number(seed, 'a seed', 0, 2**32, whole)
+    seed = check_number(seed, 'a seed', 0, _last_seed, whole)
     settings = {k: _plain(v) for k, v in settings.items()}
     params = trained(model)
     if here.num_processes>1: model.to(here.device)  # alone, where the model is

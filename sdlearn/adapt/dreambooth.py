@@ -18,6 +18,7 @@ from ..judge import load_clip, pixel_features
 from ..pipeline import txt2img
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at
 from ..text import embed_prompts
+from ..tokenizer import as_texts
 from ..train import fit, learning
 
 # %% ../../nbs/42_dreambooth.ipynb #dcb4eae2
@@ -43,7 +44,7 @@ def encode_pairs(
     prompts,       # A string for all, or a list with one for each
 )->tuple:          # Latents (N,4,h,w) and text embeddings (N or 1,77,D), float32
     "What training asks for again and again, computed once"
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_texts(prompts)
     if not pictures or len(prompts) not in (1, len(pictures)):
         raise ValueError("expected at least one picture, and one prompt for all or one for each, "
                          f"got {len(pictures)} pictures and {len(prompts)} prompts")
@@ -124,7 +125,7 @@ def learn_dreambooth(
     if not isinstance(class_prompt, str) or not class_prompt.strip():
         raise ValueError("expected a prompt of the class, such as 'a picture of a deer', "
                          f"got {class_prompt!r}")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+    prompts = as_texts(prompt)
     if class_prompt in prompts:
         raise ValueError(f"expected another prompt than that of the class, got {class_prompt!r} "
                          "twice. Put a rare word before it: 'a picture of a sks deer'.")

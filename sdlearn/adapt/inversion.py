@@ -85,6 +85,8 @@ def with_words(
 ):                # A copy; the one given is not touched
     "A tokenizer that knows more words; one of several vectors is written as its first token"
     names = as_texts(names) if names else []
+    if odd := [n for n in names if len(all_ids(tokenizer, n))==3 or names.count(n)>1]:
+        raise ValueError(f"expected new words, each once, got {odd[0]!r}")
     if not names and not new_words(tokenizer): return tokenizer
     new = _longer(tokenizer, names)
     words = [*new_words(new)]
@@ -127,7 +129,7 @@ def spread_timesteps(
     lowest:float=.4, # They start at this share of the range: with less noise a word says little
 )->Tensor:           # (n,) int64; the first from the lowest nth part, and so on
     "Timesteps to learn a word on, each as likely as any other, but never all early or all late"
-    lowest = check_number(lowest, 'lowest', 0, 1)
+    n, lowest = check_number(n, 'n', 1, read=whole), check_number(lowest, 'lowest', 0, 1)
     share = lowest+(1-lowest)*(torch.arange(n)+torch.rand(n, generator=generator))/n
     last = schedule.num_train_timesteps-1
     return (share*schedule.num_train_timesteps).long().clamp(max=last).to(device)
@@ -180,6 +182,8 @@ def add_words(
     words:dict, # Token -> (n,D) vectors, as `read_words` gives them
 ):              # Call it to take the words out again
     "Put words into a tokenizer and a table, in place"
+    if not isinstance(words, dict):
+        raise ValueError(f"expected words with their vectors, as a dict, got {words!r}")
     for token, rows in words.items():
         check_token(sd.tokenizer, token)
         _check_rows(sd.text_encoder, token, rows)
@@ -276,6 +280,7 @@ def word_loss(
     batch:int=8,     # Pictures per step
 )->Callable:         # loss_fn(word, generator), as `fit` wants it
     "Predict the noise on the pictures from captions with the word in it (Gal et al. 2022, eq. 2)"
+    batch = check_number(batch, 'batch', 1, read=whole)
     def loss_fn(word, generator):
         i, j = (torch.randint(n, (batch,), generator=generator) for n in ids.shape[:2])
         t = spread_timesteps(batch, generator, latents.device, sd.schedule)
@@ -333,7 +338,9 @@ def moved(
     start:Tensor, # (n,D) before
 )->float:         # 0: not at all; 1: as far as the start word's own length
     "How far a word has gone from where it started"
-    return ((rows-start).norm()/start.norm()).item()
+    if rows.shape==start.shape and start.any(): return ((rows-start).norm()/start.norm()).item()
+    raise ValueError(f"expected vectors (n,D) from before and after, got {tuple(start.shape)} and "
+                     f"{tuple(rows.shape)}; all zeros are no start")
 
 @torch.no_grad()
 def encoded(
@@ -367,7 +374,6 @@ def learn_word(
     "A new word from a few pictures (Gal et al. 2022); `save_word` and `sd.load_word` do the rest"
     _check_lesson(pictures, captions)
     check_number(vectors, 'vectors', 1, read=whole)
-    check_number(batch, 'batch', 1, read=whole)
     check_token(sd.tokenizer, token)
     start = start_rows(sd, start_word, vectors)
     latents = encoded(sd, pictures)

@@ -258,7 +258,9 @@ def merge_lora(
     if odd := [k for k in pairs if _place(k) not in table]:
         raise ValueError("expected networks with all the layers of this LoRA, and found none for "
                          f"{', '.join(odd[:3])}. Name them: unet=, text_encoder=.")
-    weights = {k: table[_place(k)][1].weight for k in pairs}
+    layers = {k: table[_place(k)][1] for k in pairs}
+    _check_fit('this LoRA', pairs, layers)
+    weights = {k: layer.weight for k, layer in layers.items()}
     before = {k: w.detach().clone() for k, w in weights.items()}
     for k, w in weights.items(): w.copy_(w.float()+size*pairs[k].change(w))
     @torch.no_grad()

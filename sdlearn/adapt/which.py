@@ -308,6 +308,7 @@ def summary(
     rows:dict, # From `study` or `read_study`
 )->dict:       # way -> n, shares 'it', 'wish' and 'still' by judge, mean 'drift'
     "All subjects and seeds together"
+    if not rows: raise ValueError("expected the rows of a study, got none")
     table = {}
     for way in next(iter(rows.values())):
         found = [r[way] for r in rows.values()]

@@ -62,6 +62,7 @@ def pseudo_huber(
     b:Tensor, # Same shape, targets
 )->Tensor:    # Scalar, mean over the pictures
     "sqrt(|a-b|^2 + c^2) - c with c = .00054 sqrt(d) (Song & Dhariwal 2023, section 3.3)"
+    check_tensor(b, 'targets like the answers', str(tuple(a.shape)))
     c = .00054*a[0].numel()**.5
     return ((a-b).square().flatten(1).sum(1)+c**2).sqrt().sub(c).mean()
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..configs import Known, read_config
 from ..core import as_path, check_number, check_tensor, seeded, whole
 from ..folders import pocket_path, read_json, weights_file
+from ..load import check_dtype, fill, usable_device
 from ..vae import decode, encode
 
 # %% ../../nbs/54_decoder.ipynb #f7d6dc8a
@@ -124,6 +125,7 @@ def edge_loss(
     x:torch.Tensor, # (B,3,H,W), what should have
 )->torch.Tensor:    # Scalar, 0 where only the brightness differs
     "Absolute error of the differences of neighbours, down and across"
+    check_tensor(x, 'pictures to compare with', str(tuple(y.shape)))
     def off(a, b): return F.l1_loss(a[..., 1:, :]-a[..., :-1, :], b[..., 1:, :]-b[..., :-1, :])
     return off(y, x)+off(y.mT, x.mT)
 
@@ -168,16 +170,14 @@ def load_small(
 )->TinyVAE:              # In evaluation mode, gradients off
     "A small VAE that takes the large one's place: `decode(small, latents)`"
     from safetensors.torch import load_file
+    check_dtype(dtype)
+    device = usable_device(device, dtype)
     folder = small_path() if path is None else as_path(path, 'a folder')
     if not (folder/'config.json').exists():
         raise ValueError(f"expected a folder with a config.json of AutoencoderTiny, got "
                          f"{folder.name!r}, which has none. Without a path, pocket's is loaded.")
     with seeded(0): net = TinyVAE(read_json(folder/'config.json'))
-    state = load_file(weights_file(folder))
-    try: net.load_state_dict(state)
-    except RuntimeError:
-        raise ValueError(f"expected weights that fit {folder.name}/config.json, got "
-                         "others. Are they of another network?") from None
+    fill(net, load_file(weights_file(folder)), f'{folder.name}/config.json')
     return net.to(device, dtype).eval().requires_grad_(False)
 
 # %% ../../nbs/54_decoder.ipynb #6cc9add9

@@ -62,6 +62,7 @@ class GuidedUNet(nn.Module):
         if isinstance(network, GuidedUNet):
             raise ValueError("expected a plain network, got one that takes a guidance_scale "
                              "already. network.at(scale) is a plain one.")
+        dim = check_number(dim, 'dim', 4, read=whole)
         self.network, self.scales, self.dim = network, check_scales(scales), dim
         weight = _first_layer(network).weight
         self.cond_proj = skip_init(nn.Linear, dim, weight.shape[1], bias=False,

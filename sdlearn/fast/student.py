@@ -21,6 +21,7 @@ from ..folders import safe_path, write_weights
 from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
+from ..tokenizer import as_texts
 from ..train import fingerprint
 
 # %% ../../nbs/53_student.ipynb #751ac54a
@@ -84,7 +85,7 @@ def teacher_paths(
     steps=None,     # The teacher's in each of the student's; None: 4, then 3 each
 )->Tensor:          # (B,n+1,4,h,w): at the student's n stops, scaled to std about 1, and clean
     "Where a guided drawing passes by"
-    steps = steps or (4, *[3]*(made.num_inference_steps-1))
+    if steps is None: steps = 4, *[3]*(made.num_inference_steps-1)
     plan = between(made.plan(sd.schedule), steps, sd.schedule)
     stops = {sum(steps[:i]) for i in range(len(steps))}
     ask = noise_predictor(sd, emb, made.folded)
@@ -169,6 +170,7 @@ def whole_path_loss(
 ):                # loss_fn(unet, generator) for `fit` and `learn_lora`
     "Whole drawings: the student mends its own mistakes. The picture at the end counts most"
     _check_paths(paths, words, plan)
+    bs = check_number(bs, 'bs', 1, read=whole)
     def loss(unet, g):
         path, told = _some(paths, words, bs, g, unet)
         came = whole_path(unet, path[:, 0], told, plan, kind)
@@ -227,7 +229,8 @@ def write_paths(
     "Draw all that a student learns from, or read what is there already; path i has seed i"
     from safetensors.torch import load_file
     from tqdm.auto import tqdm
-    folder = as_folder(folder)
+    prompts = as_texts(prompts)
+    folder, bs = as_folder(folder), check_number(bs, 'bs', 1, read=whole)
     files = {folder/f'{k:06}.safetensors': k for k in range(0, len(prompts), bs)}
     for file, k in tqdm(files.items(), 'blocks of paths'):
         _path_block(file, sd, prompts[k:k+bs], k, made)
@@ -247,6 +250,8 @@ def train_student(
     run, out = as_path(run, 'a folder'), safe_path(out)
     if not prompts or isinstance(prompts, str):
         raise ValueError(f"expected a list of prompts to draw paths for, got {prompts!r}")
+    if not isinstance(steps, (list, tuple)) or len(steps)!=2:
+        raise ValueError(f"expected two numbers of steps, (single, whole paths), got {steps!r}")
     plan, names = made.plan(sd.schedule), student_layers(sd.unet)
     teacher = replace(sd, unet=copy.deepcopy(sd.unet).bfloat16())
     data = write_paths(teacher, prompts, run/'paths', made)

@@ -8,7 +8,7 @@ __all__ = ['compression', 'AutoEncoder', 'psnr', 'sample_latents', 'kl', 'vae_lo
 # %% ../../nbs/24_autoencoder.ipynb #644eb4c5
 import torch
 from torch import nn
-from ..core import noise_like
+from ..core import check_number, noise_like, whole
 
 # %% ../../nbs/24_autoencoder.ipynb #abb6bf53
 def compression(
@@ -18,6 +18,7 @@ def compression(
     channels:int=3,   # Of the picture
 )->float:             # How many times fewer numbers
     "Numbers in the picture over numbers in its latents"
+    for n in (side, factor, latent, channels): check_number(n, 'each of them', 1, read=whole)
     if side%factor:
         raise ValueError(f"expected a side that {factor} divides, got {side}. "
                          "Crop or resize the picture first.")
@@ -91,6 +92,7 @@ def vae_loss(
     generator:torch.Generator=None, # On the CPU
 )->torch.Tensor:                    # Scalar
     "Squared error per picture plus beta times its KL (Higgins et al. 2017, eq. 4)"
+    beta = check_number(beta, 'beta', 0)
     mean, log_var = net.encode(x)
     z = sample_latents(mean, log_var, generator) if beta else mean
     return ((net.decode(z)-x).square().sum()+beta*kl(mean, log_var).sum())/len(x)

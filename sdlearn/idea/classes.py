@@ -8,8 +8,9 @@ __all__ = ['one_hot', 'noisy_batch', 'batch_loss', 'predictor', 'read_class']
 # %% ../../nbs/23_classes.ipynb #5eb0dc04
 import torch
 from torch.nn import functional as F
+from ..core import check_number, whole
 from ..denoiser import noise_loss
-from ..guidance import cfg
+from ..guidance import cfg, check_interval
 from .noise import predict
 
 # %% ../../nbs/23_classes.ipynb #3aa1bba3
@@ -38,9 +39,11 @@ def noisy_batch(
     classes:int=10,            # How many there are
 )->tuple:                      # x0, eps (B,C,H,W), sigma (B,), one_hot (B,classes)
     "What a noise predictor is trained on"
+    batch = check_number(batch, 'batch', 1, read=whole)
+    drop, (low, high) = check_number(drop, 'drop', 0, 1), check_interval(sigmas, 'range of sigmas')
+    if len(x)!=len(y): raise ValueError(f"expected {len(x)} classes, one each, got {len(y)}")
     i = torch.randint(len(x), (batch,), generator=generator)
     eps = torch.randn(x[i].shape, generator=generator).to(x)
-    low, high = sigmas
     sigma = low*(high/low)**torch.rand(batch, generator=generator).to(x)
     kept = (torch.rand(batch, 1, generator=generator)>=drop).to(x)
     return x[i], eps, sigma, one_hot(y[i], classes)*kept

@@ -14,7 +14,7 @@ import numpy as np, torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from ..core import check_number, seeded, tensor_to_images, whole
+from ..core import check_number, generator_of, seeded, tensor_to_images, whole
 from ..train import fit
 
 # %% ../../nbs/20_score.ipynb #3c5ed545
@@ -91,7 +91,7 @@ def digits(
         raise ValueError("expected one label per picture, "
                          f"got {len(x)} pictures and {len(y)} labels")
     held_out = check_number(held_out, 'held_out', 1, len(x)-1, whole)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(x), generator=generator_of(seed))
     held, kept = order[:held_out], order[held_out:]
     return x[kept], y[kept], x[held], y[held]
 
@@ -153,6 +153,9 @@ def finite_differences(
     h:float=1e-6,    # How far each pixel is moved
 )->torch.Tensor:     # Same shape as `x`
     "The gradient with one call of f per pixel, and one to start from"
+    if x.dtype!=torch.float64:
+        raise ValueError(f"expected double precision, got {x.dtype}, in which rounding hides the "
+                         "differences. Give x.double(), and an f that takes it.")
     x = x.contiguous()
     start, grad = f(x).item(), torch.zeros_like(x)
     for i in range(x.numel()):

@@ -40,7 +40,7 @@ def momentum(
     beta:float=.5, # Share of the previous direction; negative looks ahead instead
 ):                 # eps -> direction, with a memory: make a new one for every drawing
     "direction = beta*previous direction + (1-beta)*eps"
-    last = None
+    beta, last = check_number(beta, 'beta', -1, 1), None
     def direction(eps):
         nonlocal last
         last = eps if last is None else beta*last+(1-beta)*eps
@@ -54,6 +54,7 @@ def adam(
 ):                   # eps -> direction, with a memory: make a new one for every drawing
     """Running mean over root of running mean square, per pixel,
     corrected for their start (Kingma & Ba 2015, alg. 1)"""
+    beta1, beta2 = (check_number(b, 'beta1 and beta2', 0, .9999) for b in (beta1, beta2))
     m, v, i = 0., 0., 0
     def direction(eps):
         nonlocal m, v, i

@@ -152,6 +152,8 @@ def _check(scene):
     _check_words(scene)
     _check_subjects(scene)
     _check_count(scene)
+    if not isinstance(scene.close_up, bool):
+        raise ValueError(f"expected close_up to be True or False, got {scene.close_up!r}")
     if clash := _clash(scene):
         raise ValueError(f"expected things that training draws together, got {clash}")
 
@@ -167,6 +169,7 @@ def article(
     name:str,  # A noun, e.g. "otter"
 )->str:        # With its article, e.g. "an otter"; plurals and mass nouns stay as they are
     "a, an, or nothing"
+    if not isinstance(name, str) or not name: raise ValueError(f"expected a noun, got {name!r}")
     if _no_article.search(name): return name
     return ('an ' if _vowel.match(name.lower()) else 'a ')+name
 

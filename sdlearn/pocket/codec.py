@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import seeded
+from ..core import check_tensor, seeded
 from ..denoiser import predict_noise, predict_x0
 from ..fast.decoder import edge_loss
 from ..idea.autoencoder import kl
@@ -40,6 +40,7 @@ def picture_loss(
     x:torch.Tensor, # (B,3,H,W), what should have
 )->torch.Tensor:    # Scalar
     "Absolute and squared error, edges, patch colours, and the worst hundredth"
+    check_tensor(x, 'pictures to compare with', str(tuple(y.shape)))
     plain = F.l1_loss(y, x)+4*F.mse_loss(y, x)+edge_loss(y, x)/2
     return plain+4*F.mse_loss(patch_colour(y), patch_colour(x))+.3*worst(y, x)
 

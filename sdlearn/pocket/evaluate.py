@@ -15,7 +15,8 @@ from dataclasses import fields, replace
 from functools import lru_cache
 import numpy as np, torch
 from torch.nn import functional as F
-from ..core import as_folder, check_number, image_grid, images_to_tensor, whole
+from ..core import (as_folder, check_number, check_tensor, image_grid, images_to_tensor,
+                          whole)
 from ..fast.student import train_student
 from ..idea.autoencoder import psnr
 from ..judge import load_clip, pixel_features, share
@@ -55,6 +56,9 @@ def examples(
     seed:int=0,      # Another seed, other scenes
 )->list:             # `Scene`s in the standard view, no two the same
     "What a model is asked to draw"
+    if kind not in ('subject', 'relation', *_new):
+        raise ValueError(f"expected subject, relation, {' or '.join(_new)}, got {kind!r}")
+    n = check_number(n, 'how many', 1, read=whole)
     rng, found = np.random.default_rng(seed), {}
     while len(found)<n and (one := _another(kind, held, found, rng)): found[one] = True
     if len(found)==n: return [*found]
@@ -83,10 +87,15 @@ def windows(
     x:torch.Tensor, # (1,C,H,W)
 )->torch.Tensor:    # (34,C,H,W): 25 of half the side, then 9 of three quarters, row by row
     "Parts of a picture that overlap, each as large as the whole"
+    check_tensor(x, 'one square picture', f'(1,C,{x.shape[-1]},{x.shape[-1]})')
     size, step = x.shape[-1], x.shape[-1]//8
     parts = [x.unfold(2, side, step).unfold(3, side, step).flatten(2, 3)[0].transpose(0, 1)
              for side in (size//2, 3*size//4)]
     return torch.cat([F.interpolate(p, (size, size), mode='bilinear') for p in parts])
+
+def _check_each(images, given):
+    if len(images)!=len(given):
+        raise ValueError(f"expected one for each of {len(images)} pictures, got {len(given)}")
 
 @torch.no_grad()
 def likeness(
@@ -96,6 +105,7 @@ def likeness(
     view=torch.clone, # What is shown of (1,3,H,W): all of it, or its `windows`
 )->list:            # For each picture a tensor, one cosine for each option: that of the best view
     "How near a picture lies to the captions of its options"
+    _check_each(images, options)
     texts = [*dict.fromkeys(caption(s) for row in options for s in row)]
     found = [clip.text_features(texts[i:i+64]) for i in range(0, len(texts), 64)]
     words = dict(zip(texts, torch.cat(found)))
@@ -145,6 +155,7 @@ def by_pixels(
     side:int=64,  # Compared at this size
 )->list:          # For each picture the scene that pixels see
     "The option that has a drawing which is nearest"
+    _check_each(images, options)
     found = []
     for im, row in zip(images, options):
         looks = [_looks(s, side) for s in row]
@@ -219,6 +230,8 @@ def variety(
     groups:list, # Lists of two or more PIL pictures, each of one thing
 )->float:        # Root mean square over the pixels, where black to white is 2
     "How far pictures of one thing lie apart: the mean over pairs, then over things"
+    if few := [len(g) for g in groups if len(g)<2]:
+        raise ValueError(f"expected two or more pictures of each thing, got {few[0]}")
     apart = [torch.pdist(x).mean()/x.shape[1]**.5 for x in map(pixel_features, groups)]
     return round(torch.stack(apart).mean().item(), 4)
 
@@ -246,6 +259,7 @@ def clip_score(
     clip,         # From `load_clip`
 )->float:         # Mean cosine, -1 to 1
     "How near pictures lie to their words"
+    _check_each(images, prompts)
     pictures = clip.image_features(images_to_tensor(images))
     return round((pictures*clip.text_features(prompts)).sum(1).mean().item(), 3)
 
@@ -372,6 +386,7 @@ def framed(
 )->list:         # PIL pictures
     "Those that are wrong get a red frame"
     from PIL import ImageDraw
+    _check_each(images, right)
     images = [im.copy() for im in images]
     for im, ok in zip(images, right):
         size = (0, 0, im.width-1, im.height-1)

@@ -296,6 +296,8 @@ def check_recipe(
     for k, n in least.items(): check_number(getattr(r, k), k, n, read=whole)
     check_number(r.lr, 'lr', 1e-6, 10)
     check_number(r.save_every, 'save_every', 0)
+    if r.compiled not in (0, 1):
+        raise ValueError(f"expected compiled to be True or False, got {r.compiled!r}")
     if r.precision not in ('no', 'bf16', 'fp16'):
         raise ValueError(f"expected a precision 'no', 'bf16' or 'fp16', got {r.precision!r}")
     if warm and (r.vae_steps or r.clip_steps) and not r.unet_steps:
