@@ -3783,6 +3783,18 @@ def test_the_standard_view_is_not_turned():
     whole, small = (np.asarray(render('otter', 'neon', side=s)[0], float) for s in (128, 64))
     assert np.abs(small-whole.reshape(64, 2, 64, 2, 3).mean((1, 3))).mean()<2
 
+def test_files_of_another_run_are_refused(tmp_path):
+    from sdlearn.pocket import codec
+    from sdlearn.train import save_state, saver
+    save_state(dict(another=1), tmp_path/'x.pt')
+    for ask in (lambda: codec.kept(tmp_path/'x.pt', 'mark', dict), lambda: codec._load_both(tmp_path/'x.pt', 'mark', None)):
+        with pytest.raises(ValueError, match='something else'): ask()
+    save, written = saver(tmp_path/'y.pt', 60), []
+    for ended in (False, False, True): save(ended, lambda: written.append(ended) or {})
+    assert written==[True] and (tmp_path/'y.pt').exists()
+    saver(None, 0)(True, lambda: written.append('nowhere'))
+    assert written==[True]
+
 def test_a_decoder_ends_as_its_average(monkeypatch):
     from types import SimpleNamespace
     from sdlearn.pocket import codec

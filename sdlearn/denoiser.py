@@ -50,6 +50,18 @@ def as_noise(
 def _interval(given): # (low, high)
     return (0., math.inf) if given is None else check_interval(given, 'guidance_interval')
 
+def _own_scale(sd, asked): # what was asked for, or what the checkpoint recommends
+    scale = check_scale(getattr(sd, 'guidance_scale', 7.5) if asked is None else asked)
+    if (folded := getattr(sd, 'folded', None)) is None or scale==1: return scale
+    raise ValueError(f"expected no guidance_scale, got {scale:g}: a scale of {folded:g} is in "
+                     "this student's weights. load_sd() without fast takes any.")
+
+def _halves(text_embeddings): # without the prompt, with it
+    check_tensor(text_embeddings, 'text embeddings', '(2B,77,D)')
+    if len(text_embeddings)%2==0: return text_embeddings.chunk(2)
+    raise ValueError("expected text embeddings in two halves, the unconditional one first, "
+                     f"got {tuple(text_embeddings.shape)}")
+
 def noise_predictor(
     sd,                         # `SD` bundle, or a network alone (then with SD v1's schedule)
     text_embeddings:Tensor,     # (2B,77,D), the unconditional half first
@@ -60,17 +72,8 @@ def noise_predictor(
     "The question that every sampler asks"
     unet = prepare(getattr(sd, 'unet', sd))
     kind = getattr(sd, 'schedule', SD_V1).prediction_type
-    scale = getattr(sd, 'guidance_scale', 7.5) if guidance_scale is None else guidance_scale
-    low, high = _interval(guidance_interval)
-    check_tensor(text_embeddings, 'text embeddings', '(2B,77,D)')
-    if len(text_embeddings)%2:
-        raise ValueError("expected text embeddings in two halves, the unconditional one first, "
-                         f"got {tuple(text_embeddings.shape)}")
-    uncond, text = text_embeddings.chunk(2)
-    scale = check_scale(scale)
-    if (folded := getattr(sd, 'folded', None)) is not None and scale!=1:
-        raise ValueError(f"expected no guidance_scale, got {scale:g}: a scale of {folded:g} is in "
-                         "this student's weights. load_sd() without fast takes any.")
+    scale, (low, high) = _own_scale(sd, guidance_scale), _interval(guidance_interval)
+    uncond, text = _halves(text_embeddings)
     def ask(x, sigma, t, words):
         x_in = scale_input(x, sigma)
         said = predict_noise(unet, x_in.to(text.dtype), t, words).to(x.dtype)

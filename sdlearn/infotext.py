@@ -65,23 +65,18 @@ def check_name(
     raise ValueError("expected an output file that ends in .png, .jpg, .webp or .gif, "
                      f"got {str(path)!r}")
 
-def _plain(x): # a number of numpy or torch as Python's
-    from sdlearn.core import real, whole
-    if not hasattr(x, 'dtype'): return x
-    return next((n for n in (whole(x), real(x)) if n is not None), x)
-
 def save_picture(
     im:Image.Image, # What to write
     path:Path,      # .png, .jpg and .webp keep the settings
     info:dict,      # name -> number or text; see `infotext`
 ):
     "Write a picture with its settings, whole or not at all"
-    from sdlearn.core import as_rgb, whole_file
+    from sdlearn.core import as_rgb, plain, whole_file
     path = check_name(path)
     if not isinstance(im, Image.Image) or not isinstance(info, dict):
         raise ValueError("expected a PIL image and its settings in a dict, got "
                          f"{type(im).__name__} and {type(info).__name__}")
-    info = {k: _plain(v) for k, v in info.items()}
+    info = {k: plain(v) for k, v in info.items()}
     if path.suffix.lower() in ('.jpg', '.jpeg'): im = as_rgb(im)    # knows no transparency
     try: ours = json.dumps(info)           # ASCII: EXIF's description knows nothing else
     except TypeError: raise ValueError(f"expected numbers and text, got {info!r:.200}") from None

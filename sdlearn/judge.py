@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from .core import as_path, check_number, images_to_tensor, seeded, whole
-from .folders import pocket_path, read_json, weights_file
+from .folders import pocket_path, read_arrays, read_json, weights_file
 from .idea.contrast import ImageEncoder
 from .load import fill, load_own
-from .text import TextEncoder, encode_tokens
+from .text import TextEncoder, at_end, encode_tokens, first_end
 from .tokenizer import Tokenizer, read_weights, tokenize
 
 # %% ../nbs/62_judge.ipynb #e7553cc5
@@ -40,10 +40,9 @@ class Clip(nn.Module):
     )->torch.Tensor:    # (B,128) unit vectors
         "Where words lie: the text encoder's output at the end token, projected"
         ids = tokenize(self.tokenizer, texts)
-        end = (ids==49407).int().argmax(1)
         # causal: what comes after the end changes nothing
-        states = encode_tokens(self.text_encoder, ids[:, :end.max()+1])
-        last = states[torch.arange(len(ids)), end]
+        ids = ids[:, :first_end(ids).max()+1]
+        last = at_end(encode_tokens(self.text_encoder, ids), ids)
         return F.normalize(last@self.projection.T, dim=-1)
 
 def _stamps(folder): # when each file was written, and its size: other numbers when one has changed
@@ -58,9 +57,8 @@ def _image_encoder(folder, state):
 
 @lru_cache(8)
 def _read_clip(folder, mtimes, sizes): # stamps: so that the cache sees what has changed
-    from safetensors.torch import load_file
     folder = Path(folder)
-    state = {k: v.float() for k, v in load_file(weights_file(folder/'clip')).items()}
+    state = {k: v.float() for k, v in read_arrays(weights_file(folder/'clip'))[0].items()}
     clip = Clip(_image_encoder(folder/'clip', state), load_own(TextEncoder, folder/'text_encoder'),
                 Tokenizer.from_folder(folder/'tokenizer'), state['text_projection.weight'])
     return clip.eval().requires_grad_(False)

@@ -17,7 +17,8 @@ from .adapt.inversion import add_words, read_words, with_words, write_words
 from .configs import latent_side, sd_v1
 from .core import as_path, check_number, seeded, write_text
 from .folders import (check_folder, find_checkpoint, pieces, pocket_path, predicts,
-                             read_json, split_file, weights_file, weights_files, write_weights)
+                             read_arrays, read_json, split_file, weights_file, weights_files,
+                             write_weights)
 from .schedule import SD_V1, Schedule, read_schedule
 from .tokenizer import Tokenizer, check_tokenizer
 from .text import TextEncoder, flat_keys, nested_keys
@@ -55,9 +56,8 @@ def load_own(
     variant:str=None,  # "fp16" or None
 ):                     # The network in float32 with its weights
     "One of the lessons' networks with a checkpoint's weights"
-    from safetensors.torch import load_file
     with seeded(0): net, state = cls(read_json(folder/'config.json')), {}
-    for file in weights_files(folder, variant): state |= load_file(file)
+    for file in weights_files(folder, variant): state |= read_arrays(file)[0]
     return fill(net, state, folder/'config.json')
 
 _ours = dict(text_encoder=TextEncoder, vae=VAE, unet=UNet)

@@ -11,8 +11,8 @@ import random, warnings
 import numpy as np, torch
 from PIL import Image
 from torch.nn import functional as F
-from .core import (as_rgb, check_tensor, generator_of, image_grid, images_to_tensor, real,
-                          upright, whole)
+from .core import (as_rgb, check_picture, check_tensor, generator_of, image_grid,
+                          images_to_tensor, real, upright, whole)
 from .configs import latent_side
 from .denoiser import noise_predictor
 from .guidance import check_scale
@@ -241,9 +241,7 @@ def start_step(
 
 def _fit(image, n, convert=as_rgb, name='image'): # PIL image(s) -> one for each of n prompts
     images = list(image) if isinstance(image, (list, tuple)) else [image]
-    if bad := [i for i in images if not isinstance(i, Image.Image)]:
-        raise ValueError(f"expected the {name} as PIL images, got {type(bad[0]).__name__}. "
-                         "Open a file with PIL.Image.open(path).")
+    for i in images: check_picture(i, f'the {name} as PIL images')
     if len(images) not in (1, n):
         raise ValueError(f"expected one image or {n}, one per prompt, got {len(images)}")
     images = [convert(i) for i in images]

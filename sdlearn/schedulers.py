@@ -33,6 +33,33 @@ def _sigmas_of(scheduler)->list:
     return [*at_calls.tolist(), ((1-a)/a)**.5]
 
 # %% ../nbs/37b_schedulers.ipynb #d8cb78a5
+def _check_betas(scheduler, name, schedule):
+    train, ours = getattr(scheduler, 'alphas_cumprod', None), alphas_cumprod(schedule)
+    if not isinstance(train, torch.Tensor):
+        raise ValueError("expected a scheduler that starts from betas, as SD v1's does, "
+                         f"got {name}")
+    if len(train)!=len(ours) or not torch.allclose(train.float().cpu(), ours, rtol=1e-3):
+        raise ValueError(f"expected a scheduler with the checkpoint's betas, got {name} with "
+                         "others. Make it with from_config and the checkpoint's "
+                         "scheduler_config.json.")
+
+def _check_settings(scheduler, name, schedule):
+    tied = 'clip_sample', 'thresholding', 'use_flow_sigmas'
+    if on := [k for k in tied if scheduler.config.get(k)]:
+        raise ValueError(f"expected a scheduler for latents, got {name} with {', '.join(on)} on. "
+                         f"Switch it off: {', '.join(f'{k}=False' for k in on)}.")
+    kind = scheduler.config.get('prediction_type', 'epsilon')
+    if kind!=schedule.prediction_type:
+        raise ValueError(f"expected prediction_type {schedule.prediction_type!r} as the checkpoint "
+                         f"has it, got {name} with {kind!r}")
+
+def _check_step(scheduler, name): # does it ask for more than every other one?
+    asks = [p.name for p in inspect.signature(scheduler.step).parameters.values()
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][3:]
+    if asks:
+        raise ValueError("expected a scheduler that steps with noise, timestep and latents, got "
+                         f"{name}, which asks for {', '.join(asks)} too")
+
 def check_scheduler(
     scheduler,         # A diffusers scheduler
     schedule:Schedule, # The checkpoint's
@@ -42,28 +69,9 @@ def check_scheduler(
         raise ValueError(f"expected a scheduler, got the class {scheduler.__name__}. "
                          "Make one with from_config.")
     name = type(scheduler).__name__
-    train = getattr(scheduler, 'alphas_cumprod', None)
-    if not isinstance(train, torch.Tensor):
-        raise ValueError("expected a scheduler that starts from betas, as SD v1's does, "
-                         f"got {name}")
-    ours = alphas_cumprod(schedule)
-    if len(train)!=len(ours) or not torch.allclose(train.float().cpu(), ours, rtol=1e-3):
-        raise ValueError(f"expected a scheduler with the checkpoint's betas, got {name} with "
-                         "others. Make it with from_config and the checkpoint's "
-                         "scheduler_config.json.")
-    tied = 'clip_sample', 'thresholding', 'use_flow_sigmas'
-    if on := [k for k in tied if scheduler.config.get(k)]:
-        raise ValueError(f"expected a scheduler for latents, got {name} with {', '.join(on)} on. "
-                         f"Switch it off: {', '.join(f'{k}=False' for k in on)}.")
-    asks = [p.name for p in inspect.signature(scheduler.step).parameters.values()
-            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][3:]
-    if asks:
-        raise ValueError("expected a scheduler that steps with noise, timestep and latents, got "
-                         f"{name}, which asks for {', '.join(asks)} too")
-    kind = scheduler.config.get('prediction_type', 'epsilon')
-    if kind!=schedule.prediction_type:
-        raise ValueError(f"expected prediction_type {schedule.prediction_type!r} as the checkpoint "
-                         f"has it, got {name} with {kind!r}")
+    _check_betas(scheduler, name, schedule)
+    _check_settings(scheduler, name, schedule)
+    _check_step(scheduler, name)
 
 def _rule(scheduler, n_steps):
     "A scheduler as a rule for our loop: one `step` per model call, from a copy every time"

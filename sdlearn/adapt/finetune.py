@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from .inversion import encoded
 from .lora import learn_lora, lora_loss
-from ..core import images_to_tensor
+from ..core import check_picture, images_to_tensor
 from ..judge import scores
 from ..pocket.atlas import cell, folder
 from ..pocket.backdrops import picture_side
@@ -108,9 +108,7 @@ def _check_look(pictures, captions, word, own):
         if not listed or len(some)!=len(said):
             got = len(said) if listed else repr(said)
             raise ValueError(f"expected a caption for each of {len(some)} pictures, got {got}")
-        if odd := [p for p in some if not isinstance(p, Image.Image)]:
-            raise ValueError(f"expected PIL pictures, got {type(odd[0]).__name__}. "
-                             "Open a file with PIL.Image.open(path).")
+        for p in some: check_picture(p)
     if len(pictures)<2:
         raise ValueError(f"expected some thirty pictures in one look, got {len(pictures)}. "
                          "learn_word and learn_lora learn from a few.")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from PIL import Image
 from .inversion import encoded
-from .lora import learn_lora, lora_loss, merge_lora, read_lora
-from ..core import as_folder, check_tensor, real
-from ..folders import open_weights, safe_path, write_weights
+from .lora import learn_lora, lora_arrays, lora_loss, merge_lora, read_lora
+from ..core import as_folder, check_picture, check_tensor, real
+from ..folders import read_arrays, safe_path, write_weights
 from ..pipeline import encode_prompt, generate_with_embs
 from ..train import fit, learning
 
@@ -74,10 +74,7 @@ class Edit:
     shares:tuple=(0., 1.5) # From the picture to as loud as makes sense
 
 def _picture(sd, picture): # (1,4,h,w), float32
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"expected one PIL picture, got {type(picture).__name__}. "
-                         "Open a file with PIL.Image.open(path).")
-    return encoded(sd, [picture])
+    return encoded(sd, [check_picture(picture, 'one PIL picture')])
 
 def _sentence(sd, sentence): # (1,77,D); says which words are unknown
     if not isinstance(sentence, str) or not sentence.strip():
@@ -138,18 +135,12 @@ def save_edit(
     file,      # A .safetensors file; replaced whole
 ):             # Its path
     "Write an edit: both tables, the LoRA as diffusers names it, sentence and shares as notes"
-    arrays = dict(zip(_tables, (edit.found, edit.wanted)))
-    for k, p in edit.pairs.items():
-        arrays |= {f'{k}.lora_A.weight': p.down, f'{k}.lora_B.weight': p.up,
-                   f'{k}.alpha': torch.tensor(float(p.alpha))}
+    arrays = dict(zip(_tables, (edit.found, edit.wanted)))|lora_arrays(edit.pairs)
+    arrays |= {f'{k}.alpha': torch.tensor(float(p.alpha)) for k, p in edit.pairs.items()}
     note = json.dumps(dict(sentence=edit.sentence, shares=[*edit.shares]))
     return write_weights(file, arrays, dict(imagic=note))
 
 _tables = 'imagic.found', 'imagic.wanted'
-
-def _parts(file): # arrays and note
-    with open_weights(file) as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get('imagic')
 
 def _fitting(name, tables, sd): # in the checkpoint's precision, on its device
     like = _sentence(sd, 'a')
@@ -189,7 +180,8 @@ def read_edit(
 )->Edit:   # Draws what the one that was saved draws
     "Read an edit; what does not fit is refused"
     file = safe_path(file)
-    arrays, said = _parts(file)
+    arrays, notes = read_arrays(file)
+    said = notes.get('imagic')
     if said is None or not {*_tables}<={*arrays}:
         raise ValueError(f"expected an edit in {file.name}, got {', '.join([*arrays][:2])} ... "
                          "A LoRA goes into sd.load_lora, a word into sd.load_word.")

@@ -15,14 +15,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn, Tensor
 from ..configs import latent_side
-from ..core import (as_path, as_rgb, check_number, check_tensor, images_to_tensor, noise_like,
-                          whole, write_text)
+from ..core import (as_path, as_rgb, check_number, check_picture, check_tensor,
+                          images_to_tensor, noise_like, whole, write_text)
 from ..denoiser import noise_loss, predict_noise
-from ..folders import open_weights, read_json, safe_path, write_weights
+from ..folders import read_arrays, read_json, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, sigma_at
 from ..text import add_positions, get_output_embeds, get_token_embeds, text_core
 from ..tokenizer import (Tokenizer, all_ids, as_texts, check_tokenizer, clean_text,
-                               tokenize, word_id)
+                               clip_tokens, tokenize, word_id)
 from ..train import fit
 from ..vae import encode
 
@@ -64,7 +64,7 @@ def new_words(
     "The tokens that a tokenizer has beyond CLIP's 49,408"
     own = isinstance(tokenizer, Tokenizer)
     known = tokenizer.vocab if own else tokenizer.get_added_vocab()
-    return {t: i for t, i in known.items() if i>=49408}
+    return {t: i for t, i in known.items() if i>=clip_tokens}
 
 def _longer(tokenizer, names): # a copy with these tokens at its end
     n = len(tokenizer)
@@ -228,7 +228,7 @@ def read_words(
     "Read what diffusers wrote ({token: vectors}), or AUTOMATIC1111 (`emb_params`: its name)"
     file = as_path(file, 'a file')
     file = safe_path(file/'learned_embeds.safetensors' if file.is_dir() else file)
-    with open_weights(file) as f: found = {k: f.get_tensor(k) for k in f.keys()}
+    found, _ = read_arrays(file)
     _check_entries(file, found)
     if token is not None and len(found)>1:
         raise ValueError(f"expected a file of one word to call it {token!r}, got {[*found]}")
@@ -315,9 +315,7 @@ def _check_lesson(pictures, captions):
     if not isinstance(pictures, (list, tuple)) or not pictures:
         raise ValueError("expected a list of three to five pictures, "
                          f"got {'none' if pictures in ([], ()) else type(pictures).__name__}")
-    if odd := [p for p in pictures if not isinstance(p, Image.Image)]:
-        raise ValueError(f"expected PIL pictures, got {type(odd[0]).__name__}. "
-                         "Open a file with PIL.Image.open(path).")
+    for p in pictures: check_picture(p)
     if len(pictures)==1:
         warnings.warn("a word learned from one picture is that picture: its view and background "
                       "too. Three to five are better.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['attention_names', 'LowRank', 'full_change', 'all_layers', 'lora_layers', 'put_lora', 'Pair', 'lora_pairs',
-           'take_lora', 'lora_loss', 'draw_batch', 'ask_network', 'learn_lora', 'merge_lora', 'save_lora', 'read_note',
-           'read_lora']
+           'take_lora', 'lora_loss', 'draw_batch', 'ask_network', 'learn_lora', 'merge_lora', 'lora_arrays',
+           'save_lora', 'read_note', 'read_lora']
 
 # %% ../../nbs/41_lora.ipynb #1da9499d
 import json, re, warnings
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from ..core import check_number, real, whole
 from ..denoiser import noise_loss
-from ..folders import open_weights, safe_path, write_weights
+from ..folders import open_weights, read_arrays, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
 from ..train import fit, learning
 from ..unet import predict_noise
@@ -307,6 +307,19 @@ def _notes(pairs): # what diffusers calls adapter metadata: peft's own settings,
 def _finite(p):
     return all(torch.isfinite(torch.as_tensor(v)).all() for v in (p.down, p.up, p.alpha))
 
+def lora_arrays(
+    pairs:dict,             # 'unet.<name of a layer>' -> `Pair`
+    layout:str='diffusers', # Or 'kohya', which has alphas among the arrays
+)->dict:                    # Name in a file -> tensor
+    "What a file of a LoRA holds"
+    arrays = {}
+    for key, p in pairs.items():
+        name = _diffusers_name(key) if layout=='diffusers' else _kohya_name(key)
+        down, up = ('lora_A', 'lora_B') if layout=='diffusers' else ('lora_down', 'lora_up')
+        arrays |= {f'{name}.{down}.weight': p.down, f'{name}.{up}.weight': p.up}
+        if layout=='kohya': arrays[f'{name}.alpha'] = torch.tensor(float(p.alpha))
+    return arrays
+
 def save_lora(
     pairs:dict,             # 'unet.<name of a layer>' -> `Pair`
     file,                   # A .safetensors file; replaced whole
@@ -319,14 +332,9 @@ def save_lora(
     if not pairs or not all(map(_finite, pairs.values())):
         raise ValueError("expected a LoRA of finite numbers, got "
                          f"{'one that has diverged' if pairs else 'none: nothing was learned'}")
-    arrays, notes = {}, dict(notes or {})
-    for key, p in pairs.items():
-        name = _diffusers_name(key) if layout=='diffusers' else _kohya_name(key)
-        down, up = ('lora_A', 'lora_B') if layout=='diffusers' else ('lora_down', 'lora_up')
-        arrays |= {f'{name}.{down}.weight': p.down, f'{name}.{up}.weight': p.up}
-        if layout=='kohya': arrays[f'{name}.alpha'] = torch.tensor(float(p.alpha))
+    notes = dict(notes or {})
     if layout=='diffusers': notes['lora_adapter_metadata'] = json.dumps(_notes(pairs))
-    return write_weights(file, arrays, notes)
+    return write_weights(file, lora_arrays(pairs, layout), notes)
 
 # %% ../../nbs/41_lora.ipynb #009854e6
 _spellings = ('.processor.', '.'), ('.default.', '.'), ('.lora_linear_layer.', '.lora.'), \
@@ -358,10 +366,6 @@ def read_note(
         raise ValueError(f"expected JSON in the note {key!r} of {file.name}, got {text!r:.60}. "
                          "The file is damaged.") from None
 
-def _open(file): # arrays and notes
-    with open_weights(file) as f: arrays = {k: f.get_tensor(k).float() for k in f.keys()}
-    return arrays, read_note(file, 'lora_adapter_metadata') or {}
-
 def _misfit(pair, layer): # in words; nothing when it fits
     w, down, up = layer.weight, pair.down, pair.up
     fits = (down.ndim>1<up.ndim and len(down)==up[0].numel()
@@ -375,12 +379,12 @@ def read_lora(
 )->dict:               # 'unet.<name of a layer>' -> `Pair`, each with its own alpha
     "Read a LoRA; what has no place in these networks is listed, what does not fit refused"
     file = safe_path(file)
-    arrays, notes = _open(file)
+    arrays, notes = read_arrays(file)[0], read_note(file, 'lora_adapter_metadata') or {}
     table = _table(dict(unet=unet, text_encoder=text_encoder))
     rows, keys = defaultdict(dict), defaultdict(list)
     for key, array in arrays.items():
         place, role = _read_key(key)
-        rows[place][role] = array
+        rows[place][role] = array.float()
         keys[place].append(key)
     known = {k for k, row in rows.items() if k in table and {*row}-{'alpha'}=={'down', 'up'}}
     _report(file.name, [k for place in rows if place not in known for k in keys[place]], known)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from ..configs import Known, read_config
 from ..core import as_path, check_number, check_tensor, seeded, whole
-from ..folders import pocket_path, read_json, weights_file
+from ..folders import pocket_path, read_arrays, read_json, weights_file
 from ..load import check_dtype, fill, usable_device
 from ..vae import decode, encode
 
@@ -169,7 +169,6 @@ def load_small(
     dtype=torch.float32, # What it calculates with
 )->TinyVAE:              # In evaluation mode, gradients off
     "A small VAE that takes the large one's place: `decode(small, latents)`"
-    from safetensors.torch import load_file
     check_dtype(dtype)
     device = usable_device(device, dtype)
     folder = small_path() if path is None else as_path(path, 'a folder')
@@ -177,7 +176,7 @@ def load_small(
         raise ValueError(f"expected a folder with a config.json of AutoencoderTiny, got "
                          f"{folder.name!r}, which has none. Without a path, pocket's is loaded.")
     with seeded(0): net = TinyVAE(read_json(folder/'config.json'))
-    fill(net, load_file(weights_file(folder)), f'{folder.name}/config.json')
+    fill(net, read_arrays(weights_file(folder))[0], f'{folder.name}/config.json')
     return net.to(device, dtype).eval().requires_grad_(False)
 
 # %% ../../nbs/54_decoder.ipynb #6cc9add9

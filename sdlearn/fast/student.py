@@ -17,12 +17,12 @@ from ..adapt.lora import all_layers, ask_network, learn_lora, read_note, save_lo
 from ..configs import latent_side
 from ..core import as_folder, as_path, check_number, seeded_noise, whole
 from ..denoiser import as_noise, noise_predictor
-from ..folders import safe_path, write_weights
+from ..folders import read_arrays, safe_path, write_weights
 from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
 from ..tokenizer import as_texts
-from ..train import fingerprint
+from ..train import check_mark, fingerprint
 
 # %% ../../nbs/53_student.ipynb #751ac54a
 class Made(NamedTuple):
@@ -215,9 +215,7 @@ def _write_paths(file, sd, prompts, seed, made, mark): # one block, whole or not
 def _path_block(file, *asked): # asked: the teacher, prompts, the first seed, and `Made`
     mark = fingerprint([asked[0].unet, *asked[1:]])
     if not file.exists(): _write_paths(file, *asked, mark)
-    elif read_note(file, 'made_from')!=mark:
-        raise ValueError(f"expected paths of these prompts and this teacher in {file.parent}, got "
-                         "others. Delete it, or choose another folder.")
+    check_mark(read_note(file, 'made_from'), mark, file)
 
 def write_paths(
     sd,           # `SD` bundle, the teacher; in bfloat16 a CPU is 1.6 times faster
@@ -227,14 +225,13 @@ def write_paths(
     bs:int=64,    # Paths in a block
 )->tuple:         # paths (N,n+1,4,h,w) and words (N,77,D), half precision
     "Draw all that a student learns from, or read what is there already; path i has seed i"
-    from safetensors.torch import load_file
     from tqdm.auto import tqdm
     prompts = as_texts(prompts)
     folder, bs = as_folder(folder), check_number(bs, 'bs', 1, read=whole)
     files = {folder/f'{k:06}.safetensors': k for k in range(0, len(prompts), bs)}
     for file, k in tqdm(files.items(), 'blocks of paths'):
         _path_block(file, sd, prompts[k:k+bs], k, made)
-    blocks = [load_file(file) for file in files]
+    blocks = [read_arrays(file)[0] for file in files]
     return tuple(torch.cat([b[k] for b in blocks]) for k in ('paths', 'words'))
 
 def train_student(

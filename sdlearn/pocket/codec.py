@@ -9,7 +9,6 @@ __all__ = ['droplet_weight', 'critic_from', 'critic_heard', 'patch_colour', 'wor
            'Decode', 'two_losses', 'in_turns', 'train_decoder']
 
 # %% ../../nbs/64b_codec.ipynb #582f5a21
-import time
 from pathlib import Path
 import torch
 from torch import nn
@@ -20,8 +19,8 @@ from ..fast.decoder import edge_loss
 from ..idea.autoencoder import kl
 from .pictures import batch_of, picks, step_of, usable
 from ..schedule import add_noise, scale_input, sigma_at
-from ..train import (fingerprint, fit, learning, load_state, one_writer, processes, put,
-                           save_state, train_steps, trained)
+from ..train import (check_mark, fingerprint, fit, learning, load_state, one_writer,
+                           processes, put, save_state, saver, train_steps, trained)
 from ..vae import encode, scaling_factor
 
 # %% ../../nbs/64b_codec.ipynb #0debea67
@@ -170,9 +169,8 @@ def kept(
     with processes().main_process_first():
         if not Path(path).exists(): save_state(dict(kept=make(), mark=mark), path)
     said = load_state(path)
-    if said['mark']==mark: return said['kept']
-    raise ValueError(f"expected {path} to hold what this run made, got something else. "
-                     "Delete it, or choose another folder.")
+    check_mark(said.get('mark'), mark, path)
+    return said['kept']
 
 @torch.no_grad()
 def cache_latents(
@@ -314,21 +312,19 @@ def in_turns(
     for step in train_steps(mine, trained(half), steps, state=state.get('decoder'), **how):
         yield step, next(rival) if step.i>=first else None
 
-def _load_both(path, mark, half, critic): # {} when there is nothing
+def _load_both(path, mark, critic): # {} when there is nothing
     if not (path and Path(path).exists()): return {}, []
     state = load_state(path)
-    if state['mark']!=mark:
-        raise ValueError(f"expected {path} to hold a state of this training, got another. "
-                         "Delete it, or choose another path.")
+    check_mark(state.get('mark'), mark, path)
     # at once: the decoder asks the critic before the critic's own training goes on
     params = state['critic']['params'] if state['critic'] else {}
     critic.load_state_dict(params|state['buffers'], strict=False)
     return state, state['losses']
 
-def _save_both(path, steps, critic, **more): # atomically
+def _both_states(steps, critic):
     mine, other = steps
-    both = dict(decoder=mine.state(), critic=other.state() if other else None)
-    save_state(both|dict(buffers=dict(critic.named_buffers()))|more, path)
+    return dict(decoder=mine.state(), critic=other.state() if other else None,
+                buffers=dict(critic.named_buffers()))
 
 def train_decoder(
     vae,                 # A finished `VAE`; its encoder is not touched
@@ -340,21 +336,20 @@ def train_decoder(
     **settings,          # lr, warmup, decay, ema, ...: `train_steps`
 )->list:                 # Loss of every step of the decoder
     "Train the decoder alone, from some step on against a critic; resumed from `path`"
-    here, how = processes(), dict(lr=4e-4)|settings
-    with seeded(0): critic = Critic().to(here.device)
-    half = Decode(vae).requires_grad_(True).to(here.device)
+    how, mine = dict(lr=4e-4)|settings, path if processes().is_main_process else None
+    with seeded(0): critic = Critic().to(device_of(vae))
+    half = Decode(vae).requires_grad_(True)
     mark = fingerprint([fingerprint(draw), steps, [f'{k} {v}' for k, v in how.items()]])
     losses = two_losses(half, critic, draw, steps)
-    with one_writer(path if here.is_main_process else None):
-        state, done = _load_both(path, mark, half, critic)
+    with one_writer(mine):
+        state, done = _load_both(path, mark, critic)
         bar = _bar(in_turns(half, critic, losses, steps, state, how), steps, len(done), progress)
-        averaged, last = state.get('decoder', {}).get('averaged'), time.time()
+        averaged, save = state.get('decoder', {}).get('averaged'), saver(mine, save_every)
         for both in bar:
             done.append(_checked(both, path).loss)
             averaged = both[0].averaged
-            if path and here.is_main_process and _due(both[0].i+1==steps, last, save_every):
-                _save_both(path, both, critic, losses=done, mark=mark)
-                last = time.time()
+            more = dict(losses=done, mark=mark)
+            save(both[0].i+1==steps, lambda: _both_states(both, critic)|more)
     if averaged: put(trained(half), averaged)
     vae.eval()
     return done
@@ -363,8 +358,6 @@ def _bar(stream, steps, done, progress):
     from tqdm.auto import tqdm
     quiet = not (progress and processes().is_main_process)
     return tqdm(stream, initial=done, total=steps, desc='decoder', disable=quiet)
-
-def _due(ended, last, every): return ended or time.time()-last>every
 
 def _checked(both, path): # the decoder's step, when both are finite
     for step in both:

@@ -18,7 +18,7 @@ from ..configs import read_config, text_config, unet_config, vae_config
 from ..core import (as_folder, as_path, check_number, image_grid, seeded, seeded_noise,
                           tensor_to_images, whole, write_text)
 from ..denoiser import noise_loss, noise_predictor, predict_noise
-from ..folders import pocket_path, read_json, write_weights
+from ..folders import pocket_path, read_arrays, read_json, write_weights
 from ..idea.contrast import ImageEncoder, contrastive_loss
 from ..load import SD, load_sd, save_sd
 from . import scenes
@@ -28,7 +28,7 @@ from .codec import (cache_latents, decoder_batch, device_of, hasten, kept, mark_
 from .pictures import Pictures, batch_of, picks, rendering
 from ..sample import make_plan, sample
 from ..schedule import random_timesteps, sigma_at
-from ..text import TextEncoder, encode_tokens
+from ..text import TextEncoder, at_end, encode_tokens
 from ..tokenizer import Tokenizer, tokenize
 from ..train import fingerprint, fit, processes
 from ..unet import UNet
@@ -52,9 +52,7 @@ class Pair(nn.Module):
         ids:torch.Tensor, # (B,L) token ids
     )->torch.Tensor:      # (B,dim) unit vectors
         "What the text encoder says at the end of the text, in the space of pictures"
-        end = (ids==49407).int().argmax(1)
-        states = self.text(ids)[torch.arange(len(ids), device=ids.device), end]
-        return F.normalize(self.text_projection(states).float(), dim=-1)
+        return F.normalize(self.text_projection(at_end(self.text(ids), ids)).float(), dim=-1)
     def forward(self,
         x:torch.Tensor,   # (B,3,H,W) pictures
         ids:torch.Tensor, # (B,L) their captions
@@ -119,12 +117,11 @@ def warm_networks(
     folder, # A finished checkpoint
 )->tuple:   # `VAE`, `Pair`, `UNet`
     "The networks of a checkpoint, to be trained on"
-    from safetensors.torch import load_file
     folder = as_path(folder, 'the folder of a checkpoint')
     check_layout(folder)
     sd = load_sd(folder, networks='own')
     pair = Pair(sd.text_encoder, ImageEncoder(**config_of('clip', folder)))
-    state = load_file(folder/'clip'/'model.safetensors')
+    state, _ = read_arrays(folder/'clip'/'model.safetensors')
     pair.load_state_dict(state|dict(scale=state['scale'].reshape(())), strict=False)
     return tuple(net.requires_grad_(True) for net in (sd.vae, pair, sd.unet))
 
