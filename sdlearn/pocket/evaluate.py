@@ -414,6 +414,8 @@ def _measure(sd, n, **kw): # the numbers, the sheets
     return dict(shares=shares, variety=varied, guidance=guided, steps=steps, vae=vae), sheets
 
 # %% ../../nbs/65_evaluate.ipynb #26f43857
+_judges = dict(pixels='pixels', true_pixels='pixels, true pictures')
+
 def _plot_shares(ax, rows):
     at = np.arange(len(rows))
     clip = [r['clip'] for r in rows.values()]
@@ -422,15 +424,16 @@ def _plot_shares(ax, rows):
     ax.plot([r['true_clip'] for r in rows.values()], at, 'b|', ms=12, label='CLIP, true pictures')
     for kind, mark in dict(pixels='ro', true_pixels='r|').items():
         known = [(r[kind], y) for y, r in zip(at, rows.values()) if kind in r]
-        ax.plot(*zip(*known), mark, ms=5+7*(mark=='r|'), label=kind.replace('_', ' '))
+        ax.plot(*zip(*known), mark, ms=5+7*(mark=='r|'), label=_judges[kind])
+    ax.set_xlabel('share named right; black: one standard error')
     ax.set_yticks(at, [f"{name} ({r['n']})" for name, r in rows.items()])
     ax.invert_yaxis()
     ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=4)  # above, where no bar is hidden
 
 def _plot_guidance(ax, rows):
     scale = [*map(float, rows)]
-    for what in ('subject', 'score', 'variety'):
-        ax.plot(scale, [r[what] for r in rows.values()], 'o-', label=what)
+    for what, unit in dict(subject='share', score='cosine', variety='ratio').items():
+        ax.plot(scale, [r[what] for r in rows.values()], 'o-', label=f'{what} ({unit})')
     ax.set_xlabel('guidance_scale')
     ax.legend()
 
@@ -438,7 +441,7 @@ def _plot_steps(ax, rows):
     ax.plot([*map(int, rows)], [r['rms'] for r in rows.values()], 'o-')
     ax.set_ylim(0)
     ax.set_xlabel('steps')
-    ax.set_ylabel('distance to the picture of 50')
+    ax.set_ylabel('distance to the picture of 50 steps')
 
 def plot_page(
     m:dict, # From `evaluate`
