@@ -47,21 +47,6 @@ def as_noise(
     return scale_input(prediction+sigma_like(sigma, x_in)*x_in, sigma)
 
 # %% ../nbs/35b_denoiser.ipynb #73346f5b
-def _interval(given): # (low, high)
-    return (0., math.inf) if given is None else check_interval(given, 'guidance_interval')
-
-def _own_scale(sd, asked): # what was asked for, or what the checkpoint recommends
-    scale = check_scale(getattr(sd, 'guidance_scale', 7.5) if asked is None else asked)
-    if (folded := getattr(sd, 'folded', None)) is None or scale==1: return scale
-    raise ValueError(f"expected no guidance_scale, got {scale:g}: a scale of {folded:g} is in "
-                     "this student's weights. load_sd() without fast takes any.")
-
-def _halves(text_embeddings): # without the prompt, with it
-    check_tensor(text_embeddings, 'text embeddings', '(2B,77,D)')
-    if len(text_embeddings)%2==0: return text_embeddings.chunk(2)
-    raise ValueError("expected text embeddings in two halves, the unconditional one first, "
-                     f"got {tuple(text_embeddings.shape)}")
-
 def noise_predictor(
     sd,                         # `SD` bundle, or a network alone (then with SD v1's schedule)
     text_embeddings:Tensor,     # (2B,77,D), the unconditional half first
@@ -83,6 +68,22 @@ def noise_predictor(
         if scale==0: return ask(x, sigma, t, uncond)
         return cfg(*ask(torch.cat([x]*2), sigma, t, text_embeddings).chunk(2), scale)
     return eps_fn
+
+# %% ../nbs/35b_denoiser.ipynb #ab10677b
+def _interval(given): # (low, high)
+    return (0., math.inf) if given is None else check_interval(given, 'guidance_interval')
+
+def _own_scale(sd, asked): # what was asked for, or what the checkpoint recommends
+    scale = check_scale(getattr(sd, 'guidance_scale', 7.5) if asked is None else asked)
+    if (folded := getattr(sd, 'folded', None)) is None or scale==1: return scale
+    raise ValueError(f"expected no guidance_scale, got {scale:g}: a scale of {folded:g} is in "
+                     "this student's weights. load_sd() without fast takes any.")
+
+def _halves(text_embeddings): # without the prompt, with it
+    check_tensor(text_embeddings, 'text embeddings', '(2B,77,D)')
+    if len(text_embeddings)%2==0: return text_embeddings.chunk(2)
+    raise ValueError("expected text embeddings in two halves, the unconditional one first, "
+                     f"got {tuple(text_embeddings.shape)}")
 
 # %% ../nbs/35b_denoiser.ipynb #9c557316
 def noise_loss(

@@ -45,6 +45,27 @@ class Clip(nn.Module):
         last = at_end(encode_tokens(self.text_encoder, ids), ids)
         return F.normalize(last@self.projection.T, dim=-1)
 
+def load_clip(
+    path=None, # A checkpoint folder that has `clip/`; pocket when missing
+)->Clip:       # In evaluation mode, gradients off
+    "Pocket's own CLIP: the same object until one of its files changes"
+    folder = pocket_path() if path is None else as_path(path, 'a checkpoint folder')
+    if not (folder/'clip'/'model.safetensors').is_file():
+        raise ValueError(f"expected a checkpoint folder with clip/, which pocket has, got {folder}")
+    return _read_clip(str(folder), *_stamps(folder))
+
+@torch.no_grad()
+def scores(
+    images,        # PIL pictures
+    texts:list,    # Strings; the weight in `(red:1.3)` is left out
+    path=None,     # A checkpoint folder; pocket when missing
+)->torch.Tensor:   # (n_images, n_texts) cosine similarities
+    "What does pocket's CLIP see?"
+    clip = load_clip(path)
+    if isinstance(texts, (list, tuple)): texts = [_unweighted(t) for t in texts]
+    return clip.image_features(images_to_tensor(images))@clip.text_features(texts).T
+
+# %% ../nbs/62_judge.ipynb #70222e61
 def _stamps(folder): # when each file was written, and its size: other numbers when one has changed
     files = [f.stat() for part in ('clip', 'text_encoder', 'tokenizer')
              for f in sorted((folder/part).glob('*'))]
@@ -63,27 +84,7 @@ def _read_clip(folder, mtimes, sizes): # stamps: so that the cache sees what has
                 Tokenizer.from_folder(folder/'tokenizer'), state['text_projection.weight'])
     return clip.eval().requires_grad_(False)
 
-def load_clip(
-    path=None, # A checkpoint folder that has `clip/`; pocket when missing
-)->Clip:       # In evaluation mode, gradients off
-    "Pocket's own CLIP: the same object until one of its files changes"
-    folder = pocket_path() if path is None else as_path(path, 'a checkpoint folder')
-    if not (folder/'clip'/'model.safetensors').is_file():
-        raise ValueError(f"expected a checkpoint folder with clip/, which pocket has, got {folder}")
-    return _read_clip(str(folder), *_stamps(folder))
-
 def _unweighted(text): return read_weights(text)[0] if isinstance(text, str) else text
-
-@torch.no_grad()
-def scores(
-    images,        # PIL pictures
-    texts:list,    # Strings; the weight in `(red:1.3)` is left out
-    path=None,     # A checkpoint folder; pocket when missing
-)->torch.Tensor:   # (n_images, n_texts) cosine similarities
-    "What does pocket's CLIP see?"
-    clip = load_clip(path)
-    if isinstance(texts, (list, tuple)): texts = [_unweighted(t) for t in texts]
-    return clip.image_features(images_to_tensor(images))@clip.text_features(texts).T
 
 # %% ../nbs/62_judge.ipynb #731ac1ca
 def pixel_features(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_rng', 'save_state', 'load_state', 'check_mark', 'saver', 'one_writer', 'ema_decay', 'lr_factor', 'trained',
-           'learning', 'TrainStep', 'processes', 'put', 'train_steps', 'fingerprint', 'fit', 'averaged_weights']
+           'learning', 'TrainStep', 'put', 'train_steps', 'processes', 'fingerprint', 'fit', 'averaged_weights']
 
 # %% ../nbs/91_train.ipynb #08907efe
 import dis, hashlib, math, pickle, struct, time
@@ -154,39 +154,8 @@ class TrainStep:
     state:Callable   # state() -> what `train_steps(state=...)` goes on from; before the next step
 
 @torch.no_grad()
-def _finite(params): # NaN and infinity survive a sum, which in half precision could overflow
-    return bool(torch.isfinite(sum(p.sum(dtype=torch.float32) for p in params)))
-
-def processes( # Of those that train together: `num_processes`, `process_index`, ...
-):
-    "Accelerate's view of who is here"
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-    return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
-
-def _share(params): # the mean gradient over processes, if there are several
-    from accelerate.utils import reduce
-    if processes().num_processes==1: return
-    for p in params:
-        if p.grad is not None: p.grad = reduce(p.grad, 'mean')
-
-@torch.no_grad()
 def _average(averaged, params, d): # averaged <- d*averaged + (1-d)*params
     for k, p in params.items(): averaged[k].lerp_(p, 1-d)
-
-def _restore(state, params, averaged, opt):
-    parts = {'params', 'averaged', 'optimizer', 'step'}
-    if not isinstance(state, dict) or not parts<={*state}:
-        raise ValueError(f"expected the state of a training with {', '.join(sorted(parts))}, got "
-                         "another. Take step.state(), or delete the file.")
-    shapes = {k: tuple(p.shape) for k, p in params.items()}
-    if {k: tuple(p.shape) for k, p in state['params'].items()}!=shapes:
-        raise ValueError("expected the state of these weights, got one with other names or "
-                         "shapes. Delete it, or choose another path.")
-    put(params, state['params'])
-    put(averaged, state['averaged'])
-    opt.load_state_dict(state['optimizer'])
-    return state['step']
 
 @torch.no_grad()
 def put(
@@ -266,6 +235,38 @@ def train_steps(
                         optimizer=opt.state_dict(), scaler=scaler.state_dict(), step=i+1)
         here_is[0] = i
         yield TrainStep(i, loss.item(), averaged, good, now)
+
+# %% ../nbs/91_train.ipynb #9e88ffbb
+@torch.no_grad()
+def _finite(params): # NaN and infinity survive a sum, which in half precision could overflow
+    return bool(torch.isfinite(sum(p.sum(dtype=torch.float32) for p in params)))
+
+def processes( # Of those that train together: `num_processes`, `process_index`, ...
+):
+    "Accelerate's view of who is here"
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU'))
+
+def _share(params): # the mean gradient over processes, if there are several
+    from accelerate.utils import reduce
+    if processes().num_processes==1: return
+    for p in params:
+        if p.grad is not None: p.grad = reduce(p.grad, 'mean')
+
+def _restore(state, params, averaged, opt):
+    parts = {'params', 'averaged', 'optimizer', 'step'}
+    if not isinstance(state, dict) or not parts<={*state}:
+        raise ValueError(f"expected the state of a training with {', '.join(sorted(parts))}, got "
+                         "another. Take step.state(), or delete the file.")
+    shapes = {k: tuple(p.shape) for k, p in params.items()}
+    if {k: tuple(p.shape) for k, p in state['params'].items()}!=shapes:
+        raise ValueError("expected the state of these weights, got one with other names or "
+                         "shapes. Delete it, or choose another path.")
+    put(params, state['params'])
+    put(averaged, state['averaged'])
+    opt.load_state_dict(state['optimizer'])
+    return state['step']
 
 def _named(params): # name -> parameter
     if isinstance(params, nn.Module): return trained(params)
@@ -355,47 +356,6 @@ def _held(fn): # what a function finds outside itself: closed over, by default, 
 _empty = CellType()
 
 # %% ../nbs/91_train.ipynb #bcfc9e28
-def _go_on(path, mark, n): # the saved state, when it is of this training; its losses
-    if not (path and Path(path).exists()): return None, []
-    state = load_state(path)
-    said = state.get('mark') if isinstance(state, dict) else {}
-    said = said if isinstance(said, dict) else {}
-    if odd := [f"{k} was {said.get(k)!r} and is {v!r}" for k, v in mark.items() if said.get(k)!=v]:
-        raise ValueError(f"expected {path} to hold a state of this training, got another: "
-                         f"{'; '.join(odd)}. Delete it, or choose another path.")
-    if lost := {'step', 'losses', 'buffers', 'averaged'}-{*state}:
-        raise ValueError(f"expected {path} to hold a whole state, {', '.join(sorted(lost))} is "
-                         "missing. Delete it, or choose another path.")
-    if state['step']>n:
-        raise ValueError(f"expected at least {state['step']} steps, which {path} has behind it, "
-                         f"got {n}. Ask for more, or choose another path.")
-    return state, state['losses']
-
-def _stop(step, path):
-    where = f" in {path}" if path else ''
-    raise FloatingPointError("expected a finite loss, gradient and weights, got others at step "
-                             f"{step.i} (loss {step.loss}). The last good state is kept{where}. "
-                             "Try a smaller learning rate.")
-
-def _check_fit(functions, save_every, preview_every, settings):
-    if (functions[1] is str)!=(preview_every==0):
-        raise ValueError("expected a preview and how often (preview_every), or neither")
-    if not isinstance(settings.get('decay', False), (bool, np.bool_)):
-        raise ValueError(f"expected decay to be True or False, got {settings['decay']!r}")
-    check_number(save_every, 'save_every', 0)
-    check_number(preview_every, 'preview_every', 0, read=whole)
-    if odd := [f for f in functions if not callable(f)]:
-        raise ValueError(f"expected a loss_fn and a preview to call, got {odd[0]!r}")
-    known = [k for k in train_steps.__kwdefaults__ if k!='state']
-    if odd := {*settings}-{*known}:
-        raise ValueError(f"expected settings out of {', '.join(known)}, got {', '.join(odd)}")
-
-def _as_file(path): # or None
-    if path is None: return None
-    if (path := as_path(path, 'a file')).is_dir():
-        raise ValueError(f"expected a file, got the folder {path}")
-    return path
-
 def fit(
     model:nn.Module,      # Trained in place; ends with the averaged weights
     loss_fn,              # loss_fn(model, generator) -> scalar loss; draws its own batch
@@ -450,3 +410,45 @@ def averaged_weights(
     put(params, averaged)
     try: yield
     finally: put(params, before)
+
+# %% ../nbs/91_train.ipynb #53647f3a
+def _go_on(path, mark, n): # the saved state, when it is of this training; its losses
+    if not (path and Path(path).exists()): return None, []
+    state = load_state(path)
+    said = state.get('mark') if isinstance(state, dict) else {}
+    said = said if isinstance(said, dict) else {}
+    if odd := [f"{k} was {said.get(k)!r} and is {v!r}" for k, v in mark.items() if said.get(k)!=v]:
+        raise ValueError(f"expected {path} to hold a state of this training, got another: "
+                         f"{'; '.join(odd)}. Delete it, or choose another path.")
+    if lost := {'step', 'losses', 'buffers', 'averaged'}-{*state}:
+        raise ValueError(f"expected {path} to hold a whole state, {', '.join(sorted(lost))} is "
+                         "missing. Delete it, or choose another path.")
+    if state['step']>n:
+        raise ValueError(f"expected at least {state['step']} steps, which {path} has behind it, "
+                         f"got {n}. Ask for more, or choose another path.")
+    return state, state['losses']
+
+def _stop(step, path):
+    where = f" in {path}" if path else ''
+    raise FloatingPointError("expected a finite loss, gradient and weights, got others at step "
+                             f"{step.i} (loss {step.loss}). The last good state is kept{where}. "
+                             "Try a smaller learning rate.")
+
+def _check_fit(functions, save_every, preview_every, settings):
+    if (functions[1] is str)!=(preview_every==0):
+        raise ValueError("expected a preview and how often (preview_every), or neither")
+    if not isinstance(settings.get('decay', False), (bool, np.bool_)):
+        raise ValueError(f"expected decay to be True or False, got {settings['decay']!r}")
+    check_number(save_every, 'save_every', 0)
+    check_number(preview_every, 'preview_every', 0, read=whole)
+    if odd := [f for f in functions if not callable(f)]:
+        raise ValueError(f"expected a loss_fn and a preview to call, got {odd[0]!r}")
+    known = [k for k in train_steps.__kwdefaults__ if k!='state']
+    if odd := {*settings}-{*known}:
+        raise ValueError(f"expected settings out of {', '.join(known)}, got {', '.join(odd)}")
+
+def _as_file(path): # or None
+    if path is None: return None
+    if (path := as_path(path, 'a file')).is_dir():
+        raise ValueError(f"expected a file, got the folder {path}")
+    return path

@@ -100,19 +100,6 @@ def in_look(
     return (blackness(pictures)>=black)&(line_width(pictures)>=fat)&(white>=paper)
 
 # %% ../../nbs/43_finetune.ipynb #6879cccb
-def _check_look(pictures, captions, word, own):
-    if not isinstance(word, str) or not word.strip():
-        raise ValueError(f"expected a word for the look, got {word!r}")
-    for some, said in ((pictures, captions), own):
-        listed = isinstance(said, (list, tuple)) and all(isinstance(c, str) for c in said)
-        if not listed or len(some)!=len(said):
-            got = len(said) if listed else repr(said)
-            raise ValueError(f"expected a caption for each of {len(some)} pictures, got {got}")
-        for p in some: check_picture(p)
-    if len(pictures)<2:
-        raise ValueError(f"expected some thirty pictures in one look, got {len(pictures)}. "
-                         "learn_word and learn_lora learn from a few.")
-
 def learn_look(
     sd,                     # An `SD` bundle, or its pieces under the same names; ends as it was
     pictures:list,          # PIL pictures in one look; thirty or more
@@ -131,3 +118,17 @@ def learn_look(
     words = embed_prompts(sd.tokenizer, sd.text_encoder, said)
     loss = lora_loss(latents, words, bs, sd.schedule)
     return learn_lora(sd.unet, loss, steps, **dict(rank=8)|settings)
+
+# %% ../../nbs/43_finetune.ipynb #194ba147
+def _check_look(pictures, captions, word, own):
+    if not isinstance(word, str) or not word.strip():
+        raise ValueError(f"expected a word for the look, got {word!r}")
+    for some, said in ((pictures, captions), own):
+        listed = isinstance(said, (list, tuple)) and all(isinstance(c, str) for c in said)
+        if not listed or len(some)!=len(said):
+            got = len(said) if listed else repr(said)
+            raise ValueError(f"expected a caption for each of {len(some)} pictures, got {got}")
+        for p in some: check_picture(p)
+    if len(pictures)<2:
+        raise ValueError(f"expected some thirty pictures in one look, got {len(pictures)}. "
+                         "learn_word and learn_lora learn from a few.")

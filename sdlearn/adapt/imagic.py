@@ -73,25 +73,6 @@ class Edit:
     sentence:str='' # What was wished
     shares:tuple=(0., 1.5) # From the picture to as loud as makes sense
 
-def _picture(sd, picture): # (1,4,h,w), float32
-    return encoded(sd, [check_picture(picture, 'one PIL picture')])
-
-def _sentence(sd, sentence): # (1,77,D); says which words are unknown
-    if not isinstance(sentence, str) or not sentence.strip():
-        raise ValueError("expected a sentence that says what the picture shall become, "
-                         f"got {sentence!r}")
-    with torch.no_grad(): return encode_prompt(sd, [sentence])[1:]
-
-def _two(numbers, name): # one for the words, one for the network
-    if isinstance(numbers, (tuple, list)) and len(numbers)==2: return
-    raise ValueError(f"expected two numbers of {name}, for the words and for the network, "
-                     f"got {numbers!r}")
-
-def _states(folder): # a file for each of the two trainings
-    if folder is None: return None, None
-    folder = as_folder(folder)
-    return folder/'words.pt', folder/'lora.pt'
-
 def learn_edit(
     sd,                  # An `SD` bundle; it is not changed
     picture:Image.Image, # What there is, of any size and mode; its middle square is taken
@@ -129,6 +110,26 @@ def draw_edit(
     try: return generate_with_embs(sd, words, seed=[seed]*len(words), **settings)
     finally: undo()
 
+# %% ../../nbs/44_imagic.ipynb #c0b44dd3
+def _picture(sd, picture): # (1,4,h,w), float32
+    return encoded(sd, [check_picture(picture, 'one PIL picture')])
+
+def _sentence(sd, sentence): # (1,77,D); says which words are unknown
+    if not isinstance(sentence, str) or not sentence.strip():
+        raise ValueError("expected a sentence that says what the picture shall become, "
+                         f"got {sentence!r}")
+    with torch.no_grad(): return encode_prompt(sd, [sentence])[1:]
+
+def _two(numbers, name): # one for the words, one for the network
+    if isinstance(numbers, (tuple, list)) and len(numbers)==2: return
+    raise ValueError(f"expected two numbers of {name}, for the words and for the network, "
+                     f"got {numbers!r}")
+
+def _states(folder): # a file for each of the two trainings
+    if folder is None: return None, None
+    folder = as_folder(folder)
+    return folder/'words.pt', folder/'lora.pt'
+
 # %% ../../nbs/44_imagic.ipynb #fe34a737
 def save_edit(
     edit:Edit, # From `learn_edit`
@@ -142,6 +143,23 @@ def save_edit(
 
 _tables = 'imagic.found', 'imagic.wanted'
 
+def read_edit(
+    file,  # From `save_edit`
+    sd,    # The checkpoint that it was learned on; it is not changed
+)->Edit:   # Draws what the one that was saved draws
+    "Read an edit; what does not fit is refused"
+    file = safe_path(file)
+    arrays, notes = read_arrays(file)
+    said = notes.get('imagic')
+    if said is None or not {*_tables}<={*arrays}:
+        raise ValueError(f"expected an edit in {file.name}, got {', '.join([*arrays][:2])} ... "
+                         "A LoRA goes into sd.load_lora, a word into sd.load_word.")
+    sentence, shares = _note(file.name, said)
+    found, wanted = _fitting(file.name, [arrays[k] for k in _tables], sd)
+    _check_read(file.name, wanted, sentence, sd)
+    return Edit(found, wanted, _read_pairs(file, (len(arrays)-2)/3, sd), sentence, shares)
+
+# %% ../../nbs/44_imagic.ipynb #bbafdcda
 def _fitting(name, tables, sd): # in the checkpoint's precision, on its device
     like = _sentence(sd, 'a')
     for table in tables:
@@ -173,19 +191,3 @@ def _read_pairs(file, n, sd): # n layers, all of them
     if len(pairs)==n: return pairs
     raise ValueError(f"expected {n:g} layers for this network in {file.name}, found {len(pairs)}. "
                      "Load the checkpoint that it was learned on.")
-
-def read_edit(
-    file,  # From `save_edit`
-    sd,    # The checkpoint that it was learned on; it is not changed
-)->Edit:   # Draws what the one that was saved draws
-    "Read an edit; what does not fit is refused"
-    file = safe_path(file)
-    arrays, notes = read_arrays(file)
-    said = notes.get('imagic')
-    if said is None or not {*_tables}<={*arrays}:
-        raise ValueError(f"expected an edit in {file.name}, got {', '.join([*arrays][:2])} ... "
-                         "A LoRA goes into sd.load_lora, a word into sd.load_word.")
-    sentence, shares = _note(file.name, said)
-    found, wanted = _fitting(file.name, [arrays[k] for k in _tables], sd)
-    _check_read(file.name, wanted, sentence, sd)
-    return Edit(found, wanted, _read_pairs(file, (len(arrays)-2)/3, sd), sentence, shares)

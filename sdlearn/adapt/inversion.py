@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['subject_captions', 'vectors_of', 'new_words', 'with_words', 'word_embeds', 'word_states', 'spread_timesteps',
-           'check_token', 'add_words', 'save_word', 'read_words', 'write_words', 'Word', 'word_loss', 'start_rows',
-           'square', 'moved', 'encoded', 'learn_word']
+           'add_words', 'check_token', 'save_word', 'read_words', 'write_words', 'Word', 'word_loss', 'start_rows',
+           'learn_word', 'square', 'moved', 'encoded']
 
 # %% ../../nbs/40_inversion.ipynb #0d24f9bf
 import copy, json, re, warnings
@@ -145,6 +145,28 @@ def _set_table(text_encoder, rows): # another table, longer or shorter
 
 def _table(text_encoder): return text_core(text_encoder).embeddings.token_embedding.weight
 
+def add_words(
+    sd,         # Anything with `tokenizer` and `text_encoder`, e.g. an `SD` bundle
+    words:dict, # Token -> (n,D) vectors, as `read_words` gives them
+):              # Call it to take the words out again
+    "Put words into a tokenizer and a table, in place"
+    if not isinstance(words, dict):
+        raise ValueError(f"expected words with their vectors, as a dict, got {words!r}")
+    for token, rows in words.items():
+        check_token(sd.tokenizer, token)
+        _check_rows(sd.text_encoder, token, rows)
+    before, old = sd.tokenizer, _table(sd.text_encoder)
+    if len(before)!=len(old):
+        raise ValueError(f"expected a table with a row for each of {len(before)} tokens, "
+                         f"got {len(old)} rows")
+    sd.tokenizer = with_words(before, [t for w, r in words.items() for t in _tokens(w, len(r))])
+    _set_table(sd.text_encoder, torch.cat([old, *(r.to(old) for r in words.values())]))
+    def undo():
+        sd.tokenizer = before
+        _set_table(sd.text_encoder, _table(sd.text_encoder)[:len(old)].clone())
+    return undo
+
+# %% ../../nbs/40_inversion.ipynb #2ebf0997
 def check_token(
     tokenizer,  # Ours or transformers'
     token:str,  # What the new word shall be called, e.g. "<tiny>"
@@ -177,27 +199,6 @@ def _check_rows(text_encoder, token, rows):
         raise ValueError(f"expected finite numbers for {token!r}, got NaN or infinity. "
                          "Learn it anew, with a smaller learning rate.")
 
-def add_words(
-    sd,         # Anything with `tokenizer` and `text_encoder`, e.g. an `SD` bundle
-    words:dict, # Token -> (n,D) vectors, as `read_words` gives them
-):              # Call it to take the words out again
-    "Put words into a tokenizer and a table, in place"
-    if not isinstance(words, dict):
-        raise ValueError(f"expected words with their vectors, as a dict, got {words!r}")
-    for token, rows in words.items():
-        check_token(sd.tokenizer, token)
-        _check_rows(sd.text_encoder, token, rows)
-    before, old = sd.tokenizer, _table(sd.text_encoder)
-    if len(before)!=len(old):
-        raise ValueError(f"expected a table with a row for each of {len(before)} tokens, "
-                         f"got {len(old)} rows")
-    sd.tokenizer = with_words(before, [t for w, r in words.items() for t in _tokens(w, len(r))])
-    _set_table(sd.text_encoder, torch.cat([old, *(r.to(old) for r in words.values())]))
-    def undo():
-        sd.tokenizer = before
-        _set_table(sd.text_encoder, _table(sd.text_encoder)[:len(old)].clone())
-    return undo
-
 # %% ../../nbs/40_inversion.ipynb #a87607d0
 def save_word(
     file,           # e.g. 'learned_embeds.safetensors'
@@ -212,15 +213,6 @@ def save_word(
         raise ValueError("expected finite vectors, one or more, got NaN, infinity or none")
     return write_weights(file, {token: vectors[0].clone() if len(vectors)==1 else vectors})
 
-def _check_entries(file, found):
-    if {'clip_l', 'clip_g'}&set(found):
-        raise ValueError(f"expected a word for one text encoder, got {file.name} for the two of "
-                         "SDXL. Look for the word's SD v1 version.")
-    if not found or any(v.ndim not in (1, 2) for v in found.values()) or len(found)>64:
-        raise ValueError(f"expected a table of a few vectors in {file.name}, got {len(found)} "
-                         f"entries, e.g. {[*found][:2]}. Is it a LoRA? That goes into "
-                         "sd.load_lora.")
-
 def read_words(
     file,            # A .safetensors file, or a folder with learned_embeds.safetensors
     token:str=None,  # What to call the word; None: what the file says
@@ -234,6 +226,16 @@ def read_words(
         raise ValueError(f"expected a file of one word to call it {token!r}, got {[*found]}")
     def name(key): return token or clean_text(file.stem if key=='emb_params' else key)
     return {name(k): v[None] if v.ndim==1 else v for k, v in found.items()}
+
+# %% ../../nbs/40_inversion.ipynb #5bb93bf4
+def _check_entries(file, found):
+    if {'clip_l', 'clip_g'}&set(found):
+        raise ValueError(f"expected a word for one text encoder, got {file.name} for the two of "
+                         "SDXL. Look for the word's SD v1 version.")
+    if not found or any(v.ndim not in (1, 2) for v in found.values()) or len(found)>64:
+        raise ValueError(f"expected a table of a few vectors in {file.name}, got {len(found)} "
+                         f"entries, e.g. {[*found][:2]}. Is it a LoRA? That goes into "
+                         "sd.load_lora.")
 
 def _edit_json(file, change): # file -> what it says, changed
     said = read_json(file)
@@ -304,6 +306,40 @@ def start_rows(
     raise ValueError(f"expected a start word that this checkpoint was trained on, got "
                      f"{start_word!r}, whose row is all zeros. Take another word for such a thing.")
 
+def learn_word(
+    sd,               # An `SD` bundle, or its pieces under the same names; it is not changed
+    pictures:list,    # Three to five PIL pictures of one thing, of any size and mode
+    token:str,        # What to call it, e.g. "<tiny>"
+    start_word:str,   # A known word for such a thing, e.g. "teddy"
+    *,
+    vectors:int=1,    # How many rows the word gets
+    captions:list=None, # One per picture with {} for the word; None: "a picture of a {}" etc.
+    steps:int=300,    # Optimiser steps
+    batch:int=8,      # Pictures per step
+    seed:int=0,       # Everything random follows from it
+    path=None,        # State file: resumed from when it exists
+    **settings,       # lr, decay, ema, progress, preview, preview_every ...: those of `fit`
+)->tuple:             # ((vectors,D) the word, loss of every step)
+    "A new word from a few pictures (Gal et al. 2022); `save_word` and `sd.load_word` do the rest"
+    _check_lesson(pictures, captions)
+    check_number(vectors, 'vectors', 1, read=whole)
+    check_token(sd.tokenizer, token)
+    start = start_rows(sd, start_word, vectors)
+    latents = encoded(sd, pictures)
+    ids = _caption_ids(sd, _tokens(token, vectors), captions, len(pictures))
+    word = Word(start)
+    lr = .1*start[0].std().item()   # .02 on pocket, .0014 on SD v1
+    settings = dict(lr=lr, warmup=10, decay=True, ema=.95, weight_decay=0.)|settings
+    loss = word_loss(sd, latents, ids, batch)
+    def told(word, g, start=start): return loss(word, g)     # a resumed run starts there, too
+    losses = fit(word, told, steps, path, seed, **settings)
+    rows = word.rows.detach().to(start.device)
+    if steps and torch.cosine_similarity(rows, start, dim=1).min()>.995:
+        warnings.warn(f"after {steps} steps {token!r} still is {start_word!r}, to 99.5%. "
+                      "Take more steps or a larger lr.")
+    return rows, losses
+
+# %% ../../nbs/40_inversion.ipynb #cb2306e6
 def square(
     image:Image.Image, # Any size and mode
     side:int,          # Pixels
@@ -354,36 +390,3 @@ def encoded(
     side, like = 8*latent_side(sd.unet.config), next(sd.vae.parameters())
     pixels = images_to_tensor([square(p, side) for p in pictures])
     return torch.cat([encode(sd.vae, some.to(like)).float() for some in pixels.split(8)])
-
-def learn_word(
-    sd,               # An `SD` bundle, or its pieces under the same names; it is not changed
-    pictures:list,    # Three to five PIL pictures of one thing, of any size and mode
-    token:str,        # What to call it, e.g. "<tiny>"
-    start_word:str,   # A known word for such a thing, e.g. "teddy"
-    *,
-    vectors:int=1,    # How many rows the word gets
-    captions:list=None, # One per picture with {} for the word; None: "a picture of a {}" etc.
-    steps:int=300,    # Optimiser steps
-    batch:int=8,      # Pictures per step
-    seed:int=0,       # Everything random follows from it
-    path=None,        # State file: resumed from when it exists
-    **settings,       # lr, decay, ema, progress, preview, preview_every ...: those of `fit`
-)->tuple:             # ((vectors,D) the word, loss of every step)
-    "A new word from a few pictures (Gal et al. 2022); `save_word` and `sd.load_word` do the rest"
-    _check_lesson(pictures, captions)
-    check_number(vectors, 'vectors', 1, read=whole)
-    check_token(sd.tokenizer, token)
-    start = start_rows(sd, start_word, vectors)
-    latents = encoded(sd, pictures)
-    ids = _caption_ids(sd, _tokens(token, vectors), captions, len(pictures))
-    word = Word(start)
-    lr = .1*start[0].std().item()   # .02 on pocket, .0014 on SD v1
-    settings = dict(lr=lr, warmup=10, decay=True, ema=.95, weight_decay=0.)|settings
-    loss = word_loss(sd, latents, ids, batch)
-    def told(word, g, start=start): return loss(word, g)     # a resumed run starts there, too
-    losses = fit(word, told, steps, path, seed, **settings)
-    rows = word.rows.detach().to(start.device)
-    if steps and torch.cosine_similarity(rows, start, dim=1).min()>.995:
-        warnings.warn(f"after {steps} steps {token!r} still is {start_word!r}, to 99.5%. "
-                      "Take more steps or a larger lr.")
-    return rows, losses

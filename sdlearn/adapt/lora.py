@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attention_names', 'LowRank', 'full_change', 'all_layers', 'lora_layers', 'put_lora', 'Pair', 'lora_pairs',
            'take_lora', 'lora_loss', 'draw_batch', 'ask_network', 'learn_lora', 'merge_lora', 'lora_arrays',
-           'save_lora', 'read_note', 'read_lora']
+           'save_lora', 'read_lora', 'read_note']
 
 # %% ../../nbs/41_lora.ipynb #1da9499d
 import json, re, warnings
@@ -198,28 +198,6 @@ def ask_network(
     dtype = next(network.parameters()).dtype
     return predict_noise(network, x_in.to(dtype), t, cond.to(dtype)).float()
 
-def _check_pairs(latents, words):
-    if latents.ndim!=4 or not len(latents):
-        raise ValueError("expected latents of at least one picture, (N,4,h,w), "
-                         f"got {tuple(latents.shape)}. encode(vae, pictures) makes them.")
-    if words.ndim!=3 or len(words) not in (1, len(latents)):
-        raise ValueError(f"expected one text embedding, or one for each of {len(latents)} "
-                         f"pictures, got {tuple(words.shape)}. embed_prompts makes them.")
-
-@torch.no_grad()
-def _go_on_from(pairs, low): # the layers' numbers become those of the pairs
-    if {*pairs}!={f'unet.{k}' for k in low}:
-        raise ValueError("expected start= to have a pair for each of the layers that are trained, "
-                         f"got {len(pairs)} for {len(low)}. The same names= gave it?")
-    for k, m in low.items():
-        pair = pairs[f'unet.{k}']
-        if pair.down.shape!=m.down.weight.shape:
-            raise ValueError(f"expected a start of rank {len(m.down.weight)}, got {pair.rank}")
-        if pair.alpha!=m.alpha:
-            raise ValueError(f"expected a start of alpha {m.alpha:g}, got {pair.alpha:g}")
-        m.down.weight.copy_(pair.down)
-        m.up.weight.copy_(pair.up)
-
 def learn_lora(
     unet,                     # Our UNet or diffusers'; ends as it was
     loss_fn,                  # From `lora_loss`, or of your own: loss_fn(unet, generator)
@@ -243,6 +221,29 @@ def learn_lora(
             fit(unet, loss, steps, path, **dict(lr=4e-3, warmup=10, ema=.97)|settings)
             return lora_pairs(unet=unet)
         finally: take_lora(unet)
+
+# %% ../../nbs/41_lora.ipynb #e2a03b9d
+def _check_pairs(latents, words):
+    if latents.ndim!=4 or not len(latents):
+        raise ValueError("expected latents of at least one picture, (N,4,h,w), "
+                         f"got {tuple(latents.shape)}. encode(vae, pictures) makes them.")
+    if words.ndim!=3 or len(words) not in (1, len(latents)):
+        raise ValueError(f"expected one text embedding, or one for each of {len(latents)} "
+                         f"pictures, got {tuple(words.shape)}. embed_prompts makes them.")
+
+@torch.no_grad()
+def _go_on_from(pairs, low): # the layers' numbers become those of the pairs
+    if {*pairs}!={f'unet.{k}' for k in low}:
+        raise ValueError("expected start= to have a pair for each of the layers that are trained, "
+                         f"got {len(pairs)} for {len(low)}. The same names= gave it?")
+    for k, m in low.items():
+        pair = pairs[f'unet.{k}']
+        if pair.down.shape!=m.down.weight.shape:
+            raise ValueError(f"expected a start of rank {len(m.down.weight)}, got {pair.rank}")
+        if pair.alpha!=m.alpha:
+            raise ValueError(f"expected a start of alpha {m.alpha:g}, got {pair.alpha:g}")
+        m.down.weight.copy_(pair.down)
+        m.up.weight.copy_(pair.up)
 
 # %% ../../nbs/41_lora.ipynb #e6688707
 @torch.no_grad()
@@ -268,6 +269,7 @@ def merge_lora(
         for k, w in weights.items(): w.copy_(before[k])
     return undo
 
+# %% ../../nbs/41_lora.ipynb #9d667633
 def _place(layer): # (piece, name with underscores): one key for all the spellings of a layer
     layer = layer.removeprefix('base_model.model.')
     start = next(s for s in _starts if layer.startswith(s))
@@ -284,29 +286,6 @@ def _table(networks): # place -> name and layer
             for name, layer in all_layers(net).items()}
 
 # %% ../../nbs/41_lora.ipynb #84ff638a
-def _diffusers_name(key): # 'unet.x' stays; transformers 4's name of a text layer is read by all
-    return re.sub(r'^text_encoder\.', 'text_encoder.text_model.', key)
-
-def _kohya_name(key):
-    return re.sub('^text_encoder_', 'lora_te_', re.sub('^unet_', 'lora_unet_',
-                  _diffusers_name(key).replace('.', '_')))
-
-def _most(values): return Counter(values).most_common(1)[0][0]
-
-def _notes(pairs): # what diffusers calls adapter metadata: peft's own settings, piece by piece
-    notes = {}
-    for piece in {k.split('.')[0] for k in pairs}:
-        mine = {k.removeprefix(piece+'.'): p for k, p in pairs.items() if k.startswith(piece+'.')}
-        r, alpha = _most(p.rank for p in mine.values()), _most(p.alpha for p in mine.values())
-        said = dict(r=r, lora_alpha=alpha, target_modules=[*mine],
-                    rank_pattern={k: p.rank for k, p in mine.items() if p.rank!=r},
-                    alpha_pattern={k: p.alpha for k, p in mine.items() if p.alpha!=alpha})
-        notes |= {f'{piece}.{k}': v for k, v in said.items()}
-    return notes
-
-def _finite(p):
-    return all(torch.isfinite(torch.as_tensor(v)).all() for v in (p.down, p.up, p.alpha))
-
 def lora_arrays(
     pairs:dict,             # 'unet.<name of a layer>' -> `Pair`
     layout:str='diffusers', # Or 'kohya', which has alphas among the arrays
@@ -336,7 +315,52 @@ def save_lora(
     if layout=='diffusers': notes['lora_adapter_metadata'] = json.dumps(_notes(pairs))
     return write_weights(file, lora_arrays(pairs, layout), notes)
 
+# %% ../../nbs/41_lora.ipynb #0fc467f9
+def _diffusers_name(key): # 'unet.x' stays; transformers 4's name of a text layer is read by all
+    return re.sub(r'^text_encoder\.', 'text_encoder.text_model.', key)
+
+def _kohya_name(key):
+    return re.sub('^text_encoder_', 'lora_te_', re.sub('^unet_', 'lora_unet_',
+                  _diffusers_name(key).replace('.', '_')))
+
+def _most(values): return Counter(values).most_common(1)[0][0]
+
+def _notes(pairs): # what diffusers calls adapter metadata: peft's own settings, piece by piece
+    notes = {}
+    for piece in {k.split('.')[0] for k in pairs}:
+        mine = {k.removeprefix(piece+'.'): p for k, p in pairs.items() if k.startswith(piece+'.')}
+        r, alpha = _most(p.rank for p in mine.values()), _most(p.alpha for p in mine.values())
+        said = dict(r=r, lora_alpha=alpha, target_modules=[*mine],
+                    rank_pattern={k: p.rank for k, p in mine.items() if p.rank!=r},
+                    alpha_pattern={k: p.alpha for k, p in mine.items() if p.alpha!=alpha})
+        notes |= {f'{piece}.{k}': v for k, v in said.items()}
+    return notes
+
+def _finite(p):
+    return all(torch.isfinite(torch.as_tensor(v)).all() for v in (p.down, p.up, p.alpha))
+
 # %% ../../nbs/41_lora.ipynb #009854e6
+def read_lora(
+    file,              # .safetensors, as diffusers, peft, kohya or `save_lora` wrote it
+    unet,              # Whose layers it changes: ours or diffusers'
+    text_encoder=None, # Ours or transformers', if the file may change that too
+)->dict:               # 'unet.<name of a layer>' -> `Pair`, each with its own alpha
+    "Read a LoRA; what has no place in these networks is listed, what does not fit refused"
+    file = safe_path(file)
+    arrays, notes = read_arrays(file)[0], read_note(file, 'lora_adapter_metadata') or {}
+    table = _table(dict(unet=unet, text_encoder=text_encoder))
+    rows, keys = defaultdict(dict), defaultdict(list)
+    for key, array in arrays.items():
+        place, role = _read_key(key)
+        rows[place][role] = array.float()
+        keys[place].append(key)
+    known = {k for k, row in rows.items() if k in table and {*row}-{'alpha'}=={'down', 'up'}}
+    _report(file.name, [k for place in rows if place not in known for k in keys[place]], known)
+    pairs = {table[k][0]: _pair(rows[k], notes, k) for k in rows if k in known}
+    _check_fit(file.name, pairs, {table[k][0]: table[k][1] for k in known})
+    return pairs
+
+# %% ../../nbs/41_lora.ipynb #19c43980
 _spellings = ('.processor.', '.'), ('.default.', '.'), ('.lora_linear_layer.', '.lora.'), \
              ('_lora.', '.lora.'), ('.lora.', '.lora_'), ('lora_A', 'lora_down'), \
              ('lora_B', 'lora_up')
@@ -371,26 +395,6 @@ def _misfit(pair, layer): # in words; nothing when it fits
     fits = (down.ndim>1<up.ndim and len(down)==up[0].numel()
             and len(up)==len(w) and down[0].numel()==w[0].numel())
     if not fits: return f"{tuple(down.shape)} and {tuple(up.shape)} for {tuple(w.shape)}"
-
-def read_lora(
-    file,              # .safetensors, as diffusers, peft, kohya or `save_lora` wrote it
-    unet,              # Whose layers it changes: ours or diffusers'
-    text_encoder=None, # Ours or transformers', if the file may change that too
-)->dict:               # 'unet.<name of a layer>' -> `Pair`, each with its own alpha
-    "Read a LoRA; what has no place in these networks is listed, what does not fit refused"
-    file = safe_path(file)
-    arrays, notes = read_arrays(file)[0], read_note(file, 'lora_adapter_metadata') or {}
-    table = _table(dict(unet=unet, text_encoder=text_encoder))
-    rows, keys = defaultdict(dict), defaultdict(list)
-    for key, array in arrays.items():
-        place, role = _read_key(key)
-        rows[place][role] = array.float()
-        keys[place].append(key)
-    known = {k for k, row in rows.items() if k in table and {*row}-{'alpha'}=={'down', 'up'}}
-    _report(file.name, [k for place in rows if place not in known for k in keys[place]], known)
-    pairs = {table[k][0]: _pair(rows[k], notes, k) for k in rows if k in known}
-    _check_fit(file.name, pairs, {table[k][0]: table[k][1] for k in known})
-    return pairs
 
 def _pair(row, notes, place):
     rank = len(row['down'])

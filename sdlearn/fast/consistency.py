@@ -164,6 +164,7 @@ def _neighbours(stops, n, g): # n of the stops, and those below
     k = torch.randint(len(stops)-1, (n,), generator=g)
     return stops[k], stops[k+1]
 
+# %% ../../nbs/52_consistency.ipynb #3f44a902
 def _batch(drawn, device): # checked, and where the network is
     x0, told = drawn
     check_tensor(x0, 'pictures', '(B,C,h,w)')

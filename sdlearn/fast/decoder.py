@@ -56,15 +56,6 @@ tiny_config = Known( # as diffusers' AutoencoderTiny
     idle=('latent_magnitude', 'latent_shift', 'force_upcast', 'block_out_channels'))
 _blocks = dict(encoder=(1, 3, 3, 3), decoder=(3, 3, 3, 1)) # where a config does not say
 
-def _floors(config, part): # blocks on each floor
-    said = config.get(f'num_{part}_blocks', _blocks[part])
-    wide = config.get(f'{part}_block_out_channels', (64,)*4)
-    whole_ones = isinstance(said, (list, tuple)) and all((whole(n) or 0)>=0 for n in said)
-    if whole_ones and len(said)==len(wide) and len({*wide})==1: return tuple(said)
-    raise ValueError(f"expected blocks for every floor and one width on all of them, got "
-                     f"num_{part}_blocks={said!r} and {part}_block_out_channels={wide!r}. "
-                     "The config is damaged.")
-
 def read_tiny(
     config, # The content of a config.json of AutoencoderTiny
 ):          # All of it as attributes, with diffusers' values for what it leaves out
@@ -91,6 +82,16 @@ class TinyDecoder(nn.Module):
     def forward(self, z):
         x = (3*torch.tanh(z/3)).contiguous(memory_format=torch.channels_last)
         return 2*self.layers(x)-1 # inside, pictures go from 0 to 1
+
+# %% ../../nbs/54_decoder.ipynb #8f5fb2bf
+def _floors(config, part): # blocks on each floor
+    said = config.get(f'num_{part}_blocks', _blocks[part])
+    wide = config.get(f'{part}_block_out_channels', (64,)*4)
+    whole_ones = isinstance(said, (list, tuple)) and all((whole(n) or 0)>=0 for n in said)
+    if whole_ones and len(said)==len(wide) and len({*wide})==1: return tuple(said)
+    raise ValueError(f"expected blocks for every floor and one width on all of them, got "
+                     f"num_{part}_blocks={said!r} and {part}_block_out_channels={wide!r}. "
+                     "The config is damaged.")
 
 # %% ../../nbs/54_decoder.ipynb #2fb71013
 class TinyEncoder(nn.Module):
@@ -150,6 +151,7 @@ def _window(z, x, side, g): # the same place of latents and pixels
     return (z[..., down:down+side, across:across+side],
             x[..., 8*down:8*(down+side), 8*across:8*(across+side)])
 
+# %% ../../nbs/54_decoder.ipynb #7660b116
 def _check_pairs(latents, pictures):
     check_tensor(latents, 'latents', '(N,4,h,w)')
     check_tensor(pictures, 'pictures in -1..1', '(N,3,H,W)')

@@ -106,13 +106,6 @@ def make_task(
     target = one_step_target(x, x_end, sigmas[0], sigmas[2])
     return Task(target, (x-target)/sigma_like(sigmas[0], x), sigmas[0], ts[0], cond)
 
-def _check_plan(plan):
-    if not isinstance(plan, Plan) or plan.rule!=ddim or len(plan.timesteps)%2:
-        got = (f"{len(plan.timesteps)} of {plan.rule.__name__}" if isinstance(plan, Plan)
-               else type(plan).__name__)
-        raise ValueError("expected the teacher's plan, an even number of steps of ddim, "
-                         f"got {got}. nested_plans makes it.")
-
 def halving_loss(
     draw:Callable,      # draw(generator) -> `Task`: new ones from `make_task`, or remembered ones
     ask:Callable,       # ask(network, x_in, sigma, t, cond) -> what the student says
@@ -126,6 +119,14 @@ def halving_loss(
         weight = error_weight(task.sigma, kind)
         return noise_loss(predict, task.x0, task.cond, task.sigma, task.noise, kind, weight)
     return loss
+
+# %% ../../nbs/50_progressive.ipynb #23acf2c5
+def _check_plan(plan):
+    if not isinstance(plan, Plan) or plan.rule!=ddim or len(plan.timesteps)%2:
+        got = (f"{len(plan.timesteps)} of {plan.rule.__name__}" if isinstance(plan, Plan)
+               else type(plan).__name__)
+        raise ValueError("expected the teacher's plan, an even number of steps of ddim, "
+                         f"got {got}. nested_plans makes it.")
 
 # %% ../../nbs/50_progressive.ipynb #d398521b
 def halve(

@@ -45,6 +45,7 @@ class Made(NamedTuple):
         mine = self.settings(schedule)['schedule']
         return make_plan(self.sampler, self.num_inference_steps, mine)
 
+# %% ../../nbs/53_student.ipynb #89992f6c
 def read_made(
     said:dict, # As `Made._asdict` gives it, from a file
 )->Made:
@@ -129,6 +130,13 @@ def path_loss(
         return landing_error(unet, *some, i, plan, kind).mean()
     return loss
 
+def student_layers(
+    unet, # Our UNet or diffusers'
+)->list:  # Names, for `learn_lora` and `put_lora`
+    "Every layer that a LoRA can change, but the first: the student changes a little everywhere"
+    return [k for k in all_layers(unet) if k!='conv_in']
+
+# %% ../../nbs/53_student.ipynb #b52fb3ba
 def _some(paths, words, bs, generator, unet): # of the paths, where the student is
     k, here = torch.randint(len(paths), (bs,), generator=generator), next(unet.parameters()).device
     return paths[k].to(here).float(), words[k].to(here)
@@ -138,12 +146,6 @@ def _check_paths(paths, words, plan):
     if paths.ndim!=5 or paths.shape[1]!=n+1 or words.ndim!=3 or len(words)!=len(paths):
         raise ValueError(f"expected paths (N,{n+1},4,h,w) with as many text embeddings (N,77,D), "
                          f"got {tuple(paths.shape)} and {tuple(words.shape)}")
-
-def student_layers(
-    unet, # Our UNet or diffusers'
-)->list:  # Names, for `learn_lora` and `put_lora`
-    "Every layer that a LoRA can change, but the first: the student changes a little everywhere"
-    return [k for k in all_layers(unet) if k!='conv_in']
 
 # %% ../../nbs/53_student.ipynb #b49b61a8
 def whole_path(
@@ -204,19 +206,6 @@ def read_student(
     return read_made(said)
 
 # %% ../../nbs/53_student.ipynb #12e3c864
-def _write_paths(file, sd, prompts, seed, made, mark): # one block, whole or not there
-    emb = embed_prompts(sd.tokenizer, sd.text_encoder, ['']*len(prompts)+prompts).to(sd.dtype)
-    noise = seeded_noise((4, latent_side(sd.unet.config), latent_side(sd.unet.config)),
-                         [seed+i for i in range(len(prompts))])
-    paths = teacher_paths(sd, emb, noise.to(sd.device), made)
-    write_weights(file, dict(paths=paths.half(), words=emb[len(prompts):].half()),
-                  dict(made_from=json.dumps(mark)))
-
-def _path_block(file, *asked): # asked: the teacher, prompts, the first seed, and `Made`
-    mark = fingerprint([asked[0].unet, *asked[1:]])
-    if not file.exists(): _write_paths(file, *asked, mark)
-    check_mark(read_note(file, 'made_from'), mark, file)
-
 def write_paths(
     sd,           # `SD` bundle, the teacher; in bfloat16 a CPU is 1.6 times faster
     prompts:list, # One for each path
@@ -259,3 +248,17 @@ def train_student(
     pairs = learn(path_loss, steps[0], 'single.state', lr=1e-3)
     if steps[1]: pairs = learn(whole_path_loss, steps[1], 'whole.state', lr=5e-4, start=pairs)
     return save_student(pairs, made, out)
+
+# %% ../../nbs/53_student.ipynb #47ae3b32
+def _write_paths(file, sd, prompts, seed, made, mark): # one block, whole or not there
+    emb = embed_prompts(sd.tokenizer, sd.text_encoder, ['']*len(prompts)+prompts).to(sd.dtype)
+    noise = seeded_noise((4, latent_side(sd.unet.config), latent_side(sd.unet.config)),
+                         [seed+i for i in range(len(prompts))])
+    paths = teacher_paths(sd, emb, noise.to(sd.device), made)
+    write_weights(file, dict(paths=paths.half(), words=emb[len(prompts):].half()),
+                  dict(made_from=json.dumps(mark)))
+
+def _path_block(file, *asked): # asked: the teacher, prompts, the first seed, and `Made`
+    mark = fingerprint([asked[0].unet, *asked[1:]])
+    if not file.exists(): _write_paths(file, *asked, mark)
+    check_mark(read_note(file, 'made_from'), mark, file)

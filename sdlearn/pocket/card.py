@@ -40,6 +40,29 @@ def standard_error(
     p, n = check_number(p, 'a share', 0, 1), check_number(n, 'n', 1, read=whole)
     return math.sqrt(p*(1-p)/n)
 
+def model_card(
+    path=None, # A checkpoint folder with pocket.json; pocket when missing
+)->str:        # Markdown with a YAML head
+    "The model card, with the numbers of pocket.json"
+    known = facts(path)
+    m = known.get('metrics') or {}
+    settings = ', '.join(f'{k} {v}' for k, v in m.get('settings', {}).items())
+    return _head+_card.format(
+        size=sum(f.stat().st_size for f in _folder(path).rglob('*.safetensors')
+                 if 'fast' not in f.relative_to(_folder(path)).parts)/1e6,
+        subjects=known['subjects'], guidance=known.get('guidance_scale', 7.5),
+        settings=settings or 'nothing yet', training=_listed(known.get('training', [])),
+        shares=_share_rows(m.get('shares', {})), rest=_rest(m) if 'vae' in m else '',
+        student=_student(known.get('student'), m.get('shares', {})),
+        failures=_listed(known.get('failures', [])))
+
+def write_card(
+    path=None, # A checkpoint folder with pocket.json; pocket when missing
+):
+    "Put the card beside the weights"
+    write_text(_folder(path)/'README.md', model_card(path))
+
+# %% ../../nbs/63_card.ipynb #da3ef71a
 _head = """---
 license: apache-2.0
 language: en
@@ -138,25 +161,3 @@ def _student(m, teacher): # of its numbers, beside those of the card
         f"Variety between seeds is {m['variety']['ratio']} of that between true pictures."])+'\n\n'
 
 def _listed(items): return '\n'.join(f'- {item}' for item in items)
-
-def model_card(
-    path=None, # A checkpoint folder with pocket.json; pocket when missing
-)->str:        # Markdown with a YAML head
-    "The model card, with the numbers of pocket.json"
-    known = facts(path)
-    m = known.get('metrics') or {}
-    settings = ', '.join(f'{k} {v}' for k, v in m.get('settings', {}).items())
-    return _head+_card.format(
-        size=sum(f.stat().st_size for f in _folder(path).rglob('*.safetensors')
-                 if 'fast' not in f.relative_to(_folder(path)).parts)/1e6,
-        subjects=known['subjects'], guidance=known.get('guidance_scale', 7.5),
-        settings=settings or 'nothing yet', training=_listed(known.get('training', [])),
-        shares=_share_rows(m.get('shares', {})), rest=_rest(m) if 'vae' in m else '',
-        student=_student(known.get('student'), m.get('shares', {})),
-        failures=_listed(known.get('failures', [])))
-
-def write_card(
-    path=None, # A checkpoint folder with pocket.json; pocket when missing
-):
-    "Put the card beside the weights"
-    write_text(_folder(path)/'README.md', model_card(path))

@@ -312,20 +312,6 @@ def in_turns(
     for step in train_steps(mine, trained(half), steps, state=state.get('decoder'), **how):
         yield step, next(rival) if step.i>=first else None
 
-def _load_both(path, mark, critic): # {} when there is nothing
-    if not (path and Path(path).exists()): return {}, []
-    state = load_state(path)
-    check_mark(state.get('mark'), mark, path)
-    # at once: the decoder asks the critic before the critic's own training goes on
-    params = state['critic']['params'] if state['critic'] else {}
-    critic.load_state_dict(params|state['buffers'], strict=False)
-    return state, state['losses']
-
-def _both_states(steps, critic):
-    mine, other = steps
-    return dict(decoder=mine.state(), critic=other.state() if other else None,
-                buffers=dict(critic.named_buffers()))
-
 def train_decoder(
     vae,                 # A finished `VAE`; its encoder is not touched
     draw,                # draw(generator) -> (latents, pictures), e.g. `decoder_batch(...)`
@@ -353,6 +339,21 @@ def train_decoder(
     if averaged: put(trained(half), averaged)
     vae.eval()
     return done
+
+# %% ../../nbs/64b_codec.ipynb #322a547f
+def _load_both(path, mark, critic): # {} when there is nothing
+    if not (path and Path(path).exists()): return {}, []
+    state = load_state(path)
+    check_mark(state.get('mark'), mark, path)
+    # at once: the decoder asks the critic before the critic's own training goes on
+    params = state['critic']['params'] if state['critic'] else {}
+    critic.load_state_dict(params|state['buffers'], strict=False)
+    return state, state['losses']
+
+def _both_states(steps, critic):
+    mine, other = steps
+    return dict(decoder=mine.state(), critic=other.state() if other else None,
+                buffers=dict(critic.named_buffers()))
 
 def _bar(stream, steps, done, progress):
     from tqdm.auto import tqdm

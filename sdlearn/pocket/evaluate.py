@@ -93,10 +93,6 @@ def windows(
              for side in (size//2, 3*size//4)]
     return torch.cat([F.interpolate(p, (size, size), mode='bilinear') for p in parts])
 
-def _check_each(images, given):
-    if len(images)!=len(given):
-        raise ValueError(f"expected one for each of {len(images)} pictures, got {len(given)}")
-
 @torch.no_grad()
 def likeness(
     images:list,    # PIL pictures
@@ -163,6 +159,11 @@ def by_pixels(
         distance = torch.cdist(moved(im, not row[0].relation, side), torch.cat(looks)).amin(0)
         found.append(owner[distance.argmin()])
     return found
+
+# %% ../../nbs/65_evaluate.ipynb #a559c885
+def _check_each(images, given):
+    if len(images)!=len(given):
+        raise ValueError(f"expected one for each of {len(images)} pictures, got {len(given)}")
 
 # %% ../../nbs/65_evaluate.ipynb #99c7f095
 def named_right(

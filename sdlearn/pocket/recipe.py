@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['guidance', 'cpu', 'tiny', 'stages', 'config_of', 'Pair', 'everyones', 'new_networks', 'check_layout', 'warm_networks',
-           'silence', 'pair_loss', 'cache_texts', 'snr_weight', 'unet_batch', 'softener', 'only_images', 'check_place',
-           'save_checkpoint', 'Recipe', 'check_recipe', 'claim', 'sheet', 'train']
+           'silence', 'pair_loss', 'cache_texts', 'snr_weight', 'unet_batch', 'softener', 'only_images',
+           'save_checkpoint', 'check_place', 'Recipe', 'check_recipe', 'claim', 'train', 'sheet']
 
 # %% ../../nbs/64c_recipe.ipynb #db3ed354
 import copy, json, os, shutil
@@ -90,6 +90,7 @@ def new_networks(
             if p.ndim==2 and 'image' not in name: nn.init.normal_(p, std=_spread(name, p))
     return vae, pair, unet
 
+# %% ../../nbs/64c_recipe.ipynb #698d0332
 def _spread(name, p): # std of new weights: of a token, of a place, of a layer
     return .2 if 'token_emb' in name else .02 if 'position_emb' in name else p.shape[1]**-.5
 
@@ -217,21 +218,6 @@ def only_images(
 # %% ../../nbs/64c_recipe.ipynb #298b341e
 guidance = 4. # Subjects are best; at 1 they are half-formed, at 14 burned (see `evaluate`)
 
-def check_place(
-    out:Path, # Where a checkpoint shall go
-):
-    "Only a checkpoint is ever overwritten"
-    if out.exists() and not (out/'model_index.json').exists():
-        if not out.is_dir() or any(out.iterdir()):
-            raise ValueError(f"expected a new folder for the checkpoint, got {out}, which holds "
-                             "something else. Choose another name.")
-
-def _write_clip(folder, pair): # the image encoder, the projection and the temperature
-    shutil.rmtree(folder, ignore_errors=True)
-    state = {k: v.half() for k, v in pair.state_dict().items() if not k.startswith('text.')}
-    write_weights(folder/'model.safetensors', state)
-    write_text(folder/'config.json', json.dumps(pair.image.config, indent=2)+'\n')
-
 def save_checkpoint(
     out,              # Gets a diffusers folder; a checkpoint that is there is replaced
     vae, pair, unet,  # `VAE`, `Pair`, `UNet`
@@ -251,6 +237,22 @@ def save_checkpoint(
     if out.exists(): os.replace(out, old)     # a kill leaves one of the two
     os.replace(part, out)
     shutil.rmtree(old, ignore_errors=True)
+
+# %% ../../nbs/64c_recipe.ipynb #f9b73949
+def check_place(
+    out:Path, # Where a checkpoint shall go
+):
+    "Only a checkpoint is ever overwritten"
+    if out.exists() and not (out/'model_index.json').exists():
+        if not out.is_dir() or any(out.iterdir()):
+            raise ValueError(f"expected a new folder for the checkpoint, got {out}, which holds "
+                             "something else. Choose another name.")
+
+def _write_clip(folder, pair): # the image encoder, the projection and the temperature
+    shutil.rmtree(folder, ignore_errors=True)
+    state = {k: v.half() for k, v in pair.state_dict().items() if not k.startswith('text.')}
+    write_weights(folder/'model.safetensors', state)
+    write_text(folder/'config.json', json.dumps(pair.image.config, indent=2)+'\n')
 
 # %% ../../nbs/64c_recipe.ipynb #1027a3c2
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ tiny = Recipe(pictures=48, block=16, vae_steps=10, vae_bs=4, clip_steps=10, clip
               precision='no', save_every=5.)
 stages = 'vae', 'clip', 'unet', 'decoder', 'image'
 
+# %% ../../nbs/64c_recipe.ipynb #ab85ff33
 def check_recipe(
     r:Recipe,  # How much of everything
     warm=None, # A checkpoint to go on from, or None
@@ -321,16 +324,6 @@ def claim(
         write_text(file, json.dumps(said))
 
 # %% ../../nbs/64c_recipe.ipynb #c6870fde
-def _rounded(net): # as the file will have it
-    with torch.no_grad():
-        for p in net.parameters(): p.copy_(p.half().float())
-    return net.eval().requires_grad_(False)
-
-def _settings(r, stage, lr, **kw): # to `fit`
-    steps = getattr(r, f'{stage}_steps')
-    return dict(lr=lr*r.lr, warmup=min(150, 1+steps//10), decay=True, save_every=r.save_every,
-                mixed_precision=r.precision)|kw
-
 def _vae_stage(r, run, vae, data):
     if r.vae_steps:
         train_vae(vae, data, r.vae_steps, run/'vae.pt', r.vae_bs, r.compiled,
@@ -369,16 +362,6 @@ def _image_stage(r, run, pair, vae, data, ids, latents):
         fit(only_images(pair), loss, r.image_steps, run/'image.pt', **_settings(r, 'image', 5e-4))
     return _rounded(pair)
 
-@torch.no_grad()
-def sheet(vae, unet, emb, path, n=8):
-    "Pictures while the UNet trains: one row of captions, ten Euler steps"
-    few = emb[1:n+1].float().to(device_of(unet))
-    plan = make_plan('euler', 10)
-    ask = noise_predictor(unet, torch.cat([few, few]), 1.)
-    noise = seeded_noise((4, 16, 16), range(len(few)), few.device)
-    for step in sample(plan, ask, plan.start(noise)): pass
-    image_grid(tensor_to_images(decode(vae, step.x_next)), rows=1).save(path)
-
 def _captions_and_ids(data, pair, warm):
     tokenizer = Tokenizer.from_folder(pocket_path()/'tokenizer')
     captions = data.captions()
@@ -413,3 +396,24 @@ def train(
     if processes().is_main_process: save_checkpoint(out, vae, pair, unet)
     processes().wait_for_everyone()
     return out
+
+# %% ../../nbs/64c_recipe.ipynb #930bae3b
+def _rounded(net): # as the file will have it
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(p.half().float())
+    return net.eval().requires_grad_(False)
+
+def _settings(r, stage, lr, **kw): # to `fit`
+    steps = getattr(r, f'{stage}_steps')
+    return dict(lr=lr*r.lr, warmup=min(150, 1+steps//10), decay=True, save_every=r.save_every,
+                mixed_precision=r.precision)|kw
+
+@torch.no_grad()
+def sheet(vae, unet, emb, path, n=8):
+    "Pictures while the UNet trains: one row of captions, ten Euler steps"
+    few = emb[1:n+1].float().to(device_of(unet))
+    plan = make_plan('euler', 10)
+    ask = noise_predictor(unet, torch.cat([few, few]), 1.)
+    noise = seeded_noise((4, 16, 16), range(len(few)), few.device)
+    for step in sample(plan, ask, plan.start(noise)): pass
+    image_grid(tensor_to_images(decode(vae, step.x_next)), rows=1).save(path)
