@@ -51,6 +51,22 @@ def test_a_notebook_exports_the_module_of_its_name():
         exported = [m[1] for _, s in cells(path) for m in re.finditer(r'#\| default_exp (\S+)', s)]
         for module in exported: assert module.split('.')[-1]==name, f'{path.name} exports {module}'
 
+def test_the_oldest_python_can_have_the_pins():
+    from configparser import ConfigParser
+    from importlib.metadata import metadata
+    from packaging.specifiers import SpecifierSet
+    ini = ConfigParser(delimiters=['='])
+    ini.read(root/'settings.ini', encoding='utf8')
+    oldest = ini['DEFAULT']['min_python']
+    pins = dict(re.findall(r'^([\w-]+)==([\d.]+)$', (root/'constraints.txt').read_text(encoding='utf8'), re.M))
+    for name, version in pins.items():
+        said = metadata(name)
+        if said['Version'].split('+')[0]!=version: continue    # another stack is tried
+        assert oldest in SpecifierSet(said['Requires-Python'] or ''), f"{name} {version} wants Python {said['Requires-Python']}"
+    versions = re.findall(r'"(3\.\d+)"', (root/'.github'/'workflows'/'test.yaml').read_text(encoding='utf8'))
+    assert min(versions, key=lambda v: int(v[2:]))==oldest
+    for file in ('README.md', 'pyproject.toml'): assert re.search(rf'(Python |>=){re.escape(oldest)}\b', (root/file).read_text(encoding='utf8')), file
+
 def test_badges_and_install_cells_follow_the_address():
     from importlib.machinery import SourceFileLoader
     loader = SourceFileLoader('address', str(root/'.ci'/'address'))
@@ -2870,7 +2886,7 @@ def test_the_model_and_the_true_pictures_are_not_mixed_up(monkeypatch):
 
 def test_a_fingerprint_is_the_same_in_a_cell_and_in_a_module():
     from sdlearn.train import fingerprint
-    body = 'def loss(net, g): return torch.where(torch.rand(3, generator=g)<.5, 0, 1)+net(2)'
+    body = 'def loss(net, g): return torch.where(torch.rand(3, generator=g)<.5, 0, 1)+net(2)+net.f(g)[0].real.abs()'
     cell, module = dict(torch=torch), {}
     exec(compile(body, 'cell', 'exec'), cell)                      # names were imported in another cell
     exec(compile('import torch\n'+body, 'module', 'exec'), module)

@@ -7,7 +7,7 @@ __all__ = ['batch_rng', 'save_state', 'load_state', 'check_mark', 'saver', 'one_
            'learning', 'TrainStep', 'put', 'train_steps', 'processes', 'fingerprint', 'fit', 'averaged_weights']
 
 # %% ../nbs/91_train.ipynb #08907efe
-import dis, hashlib, math, pickle, struct, time
+import dis, hashlib, math, pickle, re, struct, time
 from dataclasses import dataclass, fields, is_dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -295,12 +295,13 @@ def _tensor_mark(x): # shape, kind, and a sample of the numbers
     return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(some.tobytes()).hexdigest()[:12]}'
 
 _one = dict(LOAD_METHOD='LOAD_ATTR', CALL_METHOD='CALL', CALL_FUNCTION='CALL')
+_stack_marks = re.compile(r'^(NULL|self|\|)+ \+ | \+ (NULL|self|\|)+$') # 3.11, 3.12; 3.13
 _no_work = 'PUSH_NULL', 'PRECALL', 'CACHE', 'RESUME', 'EXTENDED_ARG'
 
 def _does(i): # an instruction; calls of an imported module are compiled in two ways
     jump = i.opcode in dis.hasjrel or i.opcode in dis.hasjabs
     said = '' if jump or isinstance(i.argval, (CodeType, frozenset)) else i.argrepr
-    return _one.get(i.opname, i.opname), said.split('NULL + ')[-1].split('self + ')[-1]
+    return _one.get(i.opname, i.opname), _stack_marks.sub('', said)
 
 def _code_mark(code): # what a function does, the same in a notebook's cell and in a module
     does = [_does(i) for i in dis.get_instructions(code) if i.opname not in _no_work]
