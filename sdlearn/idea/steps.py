@@ -40,7 +40,7 @@ def momentum(
     beta:float=.5, # Share of the previous direction; negative looks ahead instead
 ):                 # eps -> direction, with a memory: make a new one for every drawing
     "direction = beta*previous direction + (1-beta)*eps"
-    beta, last = check_number(beta, 'beta', -1, 1), None
+    beta, last = check_number(beta, 'beta'), None
     def direction(eps):
         nonlocal last
         last = eps if last is None else beta*last+(1-beta)*eps
