@@ -4494,3 +4494,272 @@ def test_blots_name_a_subject_and_pixels_all_else(monkeypatch):
     monkeypatch.setattr(e, 'by_pixels', lambda images, options, side=64: sides.append(side) or [row[0] for row in options])
     for kind in ('subject', 'color', 'relation'): e.named_right([None], e.examples(kind, 1), kind, None)
     assert sides==[8, 64, 64]                               # who is where, of a relation; not who it is
+
+# ---------------------------------------------------------------- what an inventive user does
+
+import warnings            # noqa: E402
+import numpy as np         # noqa: E402
+from PIL import Image      # noqa: E402
+
+def _some_lora(unet, seed, size=.05):
+    from sdlearn.adapt.lora import lora_pairs, put_lora, take_lora
+    low = put_lora(unet, 4, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    for m in low.values(): m.up.weight.data = size*torch.randn(m.up.weight.shape, generator=g)
+    pairs = lora_pairs(unet=unet)
+    take_lora(unet)
+    return pairs
+
+def test_a_lora_under_another_one_stays_until_that_is_off(tmp_path):
+    from dataclasses import replace
+    from sdlearn import load_sd
+    from sdlearn.adapt.lora import merge_lora, save_lora
+    sd = load_sd(networks='own')
+    base = {k: v.clone() for k, v in sd.unet.state_dict().items()}
+    def is_base(): return all(torch.equal(v, base[k]) for k, v in sd.unet.state_dict().items())
+    first, second = (_some_lora(sd.unet, n) for n in (1, 2))
+    undo_first, undo_second = merge_lora(first, unet=sd.unet), merge_lora(second, unet=sd.unet)
+    with pytest.raises(ValueError, match='the last goes first'): undo_first()
+    undo_second()
+    undo_first()
+    assert is_base()
+    files = [save_lora(p, tmp_path/f'{i}.safetensors') for i, p in enumerate((first, second))]
+    sd.load_lora(files[0])
+    other = replace(sd, guidance_scale=3.)
+    other.load_lora(files[1])
+    with pytest.raises(ValueError, match='the last goes first'): sd.unload()
+    other.unload()
+    sd.unload()
+    assert is_base() and not sd.undo
+
+def test_a_word_is_not_found_in_a_longer_one(tmp_path):
+    from sdlearn import load_sd
+    from sdlearn.adapt.inversion import save_word
+    vectors = dict(badhand=2, badhandv4=3, badhandv5=1)
+    for w, n in vectors.items(): save_word(tmp_path/f'{w}.safetensors', w, torch.randn(n, 128))
+    for order in (['badhand', 'badhandv4', 'badhandv5'], ['badhandv5', 'badhandv4', 'badhand']):
+        sd = load_sd(networks='own')
+        for w in order: sd.load_word(tmp_path/f'{w}.safetensors')
+        def said(text): return sd.tokenizer.convert_ids_to_tokens(sd.tokenizer(text).input_ids)[1:-1]
+        for w, n in vectors.items():
+            spread = [w, *(f'{w}_{i}' for i in range(1, n))]
+            assert said(w)==said(w.upper())==said(' '.join(spread))==spread
+        assert said('a BadHand, badhandv4')==['a</w>', 'badhand', 'badhand_1', ',</w>', 'badhandv4', 'badhandv4_1', 'badhandv4_2']
+    ids = sd.tokenizer('a badhand cat').input_ids
+    assert sd.tokenizer.decode(ids, skip_special_tokens=True)=='a badhand badhand_1 cat'
+    fox = sd.tokenizer.bpe('fox')
+    fox.append(7)
+    assert sd.tokenizer.bpe('fox')==fox[:-1]
+
+def test_names_with_capitals_are_found_in_a_checkpoint_of_diffusers(tmp_path):
+    from sdlearn import load_sd
+    from sdlearn.tokenizer import Tokenizer
+    folder = tmp_path/'tokenizer'
+    shutil.copytree(package/'checkpoint'/'tokenizer', folder)
+    for file in ('tokenizer.json', 'special_tokens_map.json'): (folder/file).unlink(missing_ok=True)
+    said = json.loads((folder/'tokenizer_config.json').read_text())
+    said['added_tokens_decoder'] = {'49408': dict(content='<Herge>', lstrip=False, normalized=True, rstrip=False, single_word=False, special=False)}
+    (folder/'tokenizer_config.json').write_text(json.dumps(said))
+    ours = Tokenizer.from_folder(folder)
+    for text in ('a <Herge> cat', 'a <herge> cat'): assert 49408 in ours(text).input_ids
+    assert ours.encode('a <Herge> cat', clean=False)[2]==49408
+
+@pytest.mark.parametrize('networks', ['own', 'diffusers'])
+def test_nothing_is_remembered_of_other_weights_or_words(networks):
+    from sdlearn import load_sd
+    from sdlearn.adapt.lora import merge_lora
+    from sdlearn.denoiser import noise_predictor
+    from sdlearn.pipeline import encode_prompt
+    sd = load_sd(networks=networks)
+    emb, other = encode_prompt(sd, ['a cat']), encode_prompt(sd, ['a dog'])
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        kept = noise_predictor(sd, emb)
+        before = kept(x, 5., 500)
+        undo = merge_lora(_some_lora(sd.unet, 1), unet=sd.unet)
+        after = kept(x, 5., 500)
+        torch.testing.assert_close(after, noise_predictor(sd, emb)(x, 5., 500))
+        assert (after-before).abs().max()>.01
+        undo()
+        torch.testing.assert_close(kept(x, 5., 500), before)
+        emb.copy_(other)
+        torch.testing.assert_close(kept(x, 5., 500), noise_predictor(sd, other)(x, 5., 500))
+
+def test_hooks_and_layers_of_ones_own_are_asked_when_it_draws():
+    from sdlearn import load_sd
+    from sdlearn.unet import prepare
+    unet, called = load_sd(networks='own').unet, []
+    attention = next(m for n, m in unet.named_modules() if n.endswith('attn1'))
+    hook = attention.to_q.register_forward_hook(lambda *args: called.append(1))
+    asked = torch.zeros(1, 4, 16, 16), 500, torch.zeros(1, 77, 128)
+    with torch.no_grad(): plain = prepare(unet)(*asked)
+    hook.remove()
+    assert called==[1]
+    class Mine(torch.nn.Linear):
+        def forward(self, x): return super().forward(x)+1
+    attention.to_v.__class__ = Mine
+    with torch.no_grad(): assert (prepare(unet)(*asked)-plain).abs().max()>1e-3
+
+def test_a_student_is_one_once_and_draws_by_its_own_rule(tmp_path):
+    import diffusers
+    from sdlearn import load_sd
+    from sdlearn.fast.student import student_file
+    from sdlearn.load import scheduler_config
+    from sdlearn.pipeline import plan_for
+    student = load_sd(networks='own', fast=True)
+    student.save(tmp_path/'st')
+    with pytest.raises(ValueError, match='a student already'):
+        load_sd(tmp_path/'st', networks='own', fast=package/'checkpoint'/'fast'/student_file)
+    def made(kind): return getattr(diffusers, kind).from_config(scheduler_config, timestep_spacing='trailing')
+    assert plan_for(student, made('EulerDiscreteScheduler')).timesteps==plan_for(student).timesteps
+    for kind in ('EulerAncestralDiscreteScheduler', 'DDPMScheduler', 'DDIMScheduler', 'DPMSolverMultistepScheduler'):
+        with pytest.raises(ValueError, match='made for'): plan_for(student, made(kind))
+
+def test_paths_of_another_teacher_are_refused(tmp_path):
+    from dataclasses import replace
+    from sdlearn import load_sd
+    from sdlearn.fast.student import Made, write_paths
+    sd, how = load_sd(networks='own'), dict(folder=tmp_path/'p', made=Made(1))
+    write_paths(sd, ['a cat'], **how)
+    sd.unet.requires_grad_(True)
+    write_paths(sd, ['a cat'], **how)      # whether it learns makes no other paths
+    sd.unet.requires_grad_(False)
+    with pytest.raises(ValueError, match='something else'):
+        write_paths(replace(sd, schedule=replace(sd.schedule, prediction_type='v_prediction')), ['a cat'], **how)
+    for net in (sd.text_encoder, sd.unet):
+        p = next(net.parameters())
+        with torch.no_grad(): p.mul_(2)
+        with pytest.raises(ValueError, match='something else'): write_paths(sd, ['a cat'], **how)
+        with torch.no_grad(): p.div_(2)
+
+def test_a_seed_is_the_same_in_double_precision():
+    from sdlearn import load_sd, txt2img
+    from sdlearn.core import seeded_noise
+    sd, how = load_sd(networks='own'), dict(num_inference_steps=2, seed=3, progress=False)
+    plain, noise = txt2img(sd, 'a cat', **how)[0], seeded_noise((2,), [1])
+    torch.set_default_dtype(torch.float64)
+    try: other, again = txt2img(sd, 'a cat', **how)[0], seeded_noise((2,), [1])
+    finally: torch.set_default_dtype(torch.float32)
+    assert torch.equal(noise, again) and np.abs(np.asarray(plain, int)-np.asarray(other, int)).max()<=1
+
+def test_a_checkpoint_is_saved_from_where_it_came(tmp_path, monkeypatch):
+    from sdlearn import load_sd
+    from sdlearn.adapt.lora import put_lora, take_lora
+    load_sd(networks='own').save(tmp_path/'mine')
+    said = tmp_path/'mine'/'scheduler'/'scheduler_config.json'
+    said.write_text(said.read_text().replace('DPMSolverMultistepScheduler', 'DDIMScheduler'))
+    monkeypatch.chdir(tmp_path)
+    sd = load_sd('mine', networks='own')
+    monkeypatch.chdir(tmp_path.parent)
+    sd.save(tmp_path/'b')
+    assert 'DDIMScheduler' in (tmp_path/'b'/'scheduler'/'scheduler_config.json').read_text() and (tmp_path/'b'/'clip').is_dir()
+    put_lora(sd.unet)
+    with pytest.raises(ValueError, match='LowRank layers'): sd.save(tmp_path/'c')
+    take_lora(sd.unet)
+    shutil.rmtree(tmp_path/'mine')
+    with pytest.raises(ValueError, match='to be there still'): sd.save(tmp_path/'c')
+    assert not (tmp_path/'c').exists()
+
+def test_files_of_a_package_that_is_read_only_can_be_saved_and_deleted(tmp_path):
+    from sdlearn.load import _copy_files
+    (tmp_path/'a').mkdir()
+    (tmp_path/'a'/'x.json').write_text('{}')
+    (tmp_path/'a'/'x.json').chmod(0o444)
+    (tmp_path/'a').chmod(0o555)
+    try: _copy_files(tmp_path/'a', tmp_path/'b')
+    finally: (tmp_path/'a').chmod(0o755)
+    assert (tmp_path/'b').stat().st_mode&0o200 and (tmp_path/'b'/'x.json').stat().st_mode&0o200
+
+def test_diffusers_reads_what_it_saved_with_a_word(tmp_path):
+    import diffusers
+    from sdlearn import load_sd
+    from sdlearn.adapt.inversion import save_word
+    sd = load_sd()
+    sd.load_word(save_word(tmp_path/'w.safetensors', '<tiny>', torch.randn(2, 128)))
+    pieces = dict(vae=sd.vae, text_encoder=sd.text_encoder, tokenizer=sd.tokenizer, unet=sd.unet,
+                  safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    from sdlearn.load import scheduler_config
+    pipe = diffusers.StableDiffusionPipeline(scheduler=diffusers.DDIMScheduler.from_config(scheduler_config), **pieces)
+    pipe.save_pretrained(tmp_path/'pp')
+    assert json.loads((tmp_path/'pp'/'model_index.json').read_text())['tokenizer'][0]=='transformers'
+    back = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path/'pp', safety_checker=None)
+    assert back.tokenizer('a <tiny>').input_ids[2]==49408
+
+def test_a_word_goes_on_learning_after_its_checkpoint_has_moved(tmp_path):
+    from dataclasses import replace
+    from sdlearn import load_sd
+    from sdlearn.adapt.inversion import word_loss
+    from sdlearn.train import fingerprint
+    sd, latents, ids = load_sd(networks='own'), torch.zeros(1, 4, 16, 16), torch.zeros(1, 1, 77, dtype=torch.long)
+    def mark(sd): return fingerprint(word_loss(sd, latents, ids))
+    assert mark(sd)==mark(replace(sd, path=tmp_path, guidance_scale=3.))
+    assert mark(sd)!=mark(replace(sd, schedule=replace(sd.schedule, prediction_type='v_prediction')))
+
+def test_word_maps_of_every_side(tmp_path):
+    from sdlearn.attention import word_map
+    def half(n): return -(-n//2)
+    for h, w in itertools.product(range(1, 25), repeat=2):
+        sides = (h, w), (half(h), half(w)), (half(half(h)), half(half(w)))
+        maps = {str(i): torch.rand(1, 2, a*b, 77) for i, (a, b) in enumerate(sides)}
+        assert word_map(maps, [2], (8*h, 8*w)).shape==(8*h, 8*w)
+    upright = torch.zeros(9, 3)
+    upright[0] = 1
+    found = word_map(dict(a=upright.reshape(1, 1, 27, 1).expand(1, 2, 27, 77)), [2], (136, 40))
+    assert found[:10].min()>.5 and found[40:].max()<.01
+
+def test_a_strength_that_is_recommended_is_enough():
+    from sdlearn.pipeline import start_step
+    for n in range(1, 1001):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            start_step(n, 1e-5)
+        least = float(re.search(r'Take ([\d.]+) or more', str(said[0].message))[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert start_step(n, min(least, 1.))<n
+
+def test_whatever_stands_for_a_unet_has_parameters():
+    from types import SimpleNamespace
+    from sdlearn.folders import pocket_path, read_json
+    from sdlearn.fast.cache import FeatureCache
+    from sdlearn.fast.export import OnnxUNet, _Pixels
+    from sdlearn.fast.decoder import load_small
+    from sdlearn.sample import make_plan
+    from sdlearn.unet import UNet
+    unet = UNet(read_json(pocket_path()/'unet'/'config.json'))
+    assert next(iter(FeatureCache(unet, make_plan('euler', 3)).parameters())).dtype==torch.float32
+    assert next(OnnxUNet.parameters(SimpleNamespace())).device.type=='cpu'
+    small = load_small()
+    z = torch.randn(1, 4, 4, 4)
+    torch.testing.assert_close(_Pixels(small)(z), small.decoder(z))
+
+def test_who_steers_an_inpainting_moves_nothing_that_is_kept():
+    from sdlearn import inpaint, load_sd
+    sd, image = load_sd(networks='own'), Image.effect_noise((64, 64), 40).convert('RGB')
+    hole = Image.new('L', (64, 64))
+    hole.paste(255, (0, 0, 64, 16))
+    ends, how = [], dict(num_inference_steps=2, seed=1, progress=False)
+    def steering(by):
+        def shove(step):
+            step.x_next = step.x_next+by
+            if step.i==1: ends.append(step)
+        return shove
+    for by in (0, 3): inpaint(sd, 'a cat', image, hole, on_step=steering(by), **how)
+    plain, steered = (step.x_next for step in ends)
+    assert torch.equal(plain[:, :, 2:], steered[:, :, 2:]) and (steered-plain)[:, :, :2].mean()>1
+    with pytest.raises(ValueError, match='on_step'): inpaint(sd, 'a cat', image, hole, on_step=5, **how)
+
+def test_the_command_says_a_thing_once_and_knows_its_model(tmp_path, monkeypatch, capsys):
+    from sdlearn import load_sd
+    from sdlearn.cli import _model_name, _pictures_in, main
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'pocket').mkdir()
+    assert _model_name(None)=='pocket' and _model_name('pocket')=='another pocket'
+    Image.new('RGB', (8, 8)).save(tmp_path/'a.png')
+    (tmp_path/'notes.pdf').write_bytes(b'%PDF-1.4')
+    assert len(_pictures_in(str(tmp_path)))==1
+    small = ['--steps', '1', '--height', '16', '--width', '16', '--seed', '1']
+    assert main(['a quark', '--n', '6', *small, '-o', 'q.png'])==0
+    assert capsys.readouterr().err.count('never seen')==1
+    assert main(['a fox', '--fast', '--seed', '1', '-o', 'f.png'])==0
+    assert main(['--again', 'f.png', '--no-fast', *small, '-o', 'g.png'])==0

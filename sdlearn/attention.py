@@ -112,10 +112,19 @@ def word_map(
         raise ValueError(f"expected a size (height, width) in pixels, got {size!r}")
     out = torch.zeros(size)
     for m in maps.values():
-        h = max(1, round((m.shape[2]*size[0]/size[1])**.5))
-        if m.shape[2]%h or abs(m.shape[2]/h**2-size[1]/size[0])>.5*size[1]/size[0]:
-            raise ValueError(f"expected a size in the picture's proportions, got {size} for maps "
-                             f"of {m.shape[2]} places")
+        h = _height(m.shape[2], size)
         small = m[row, :, :, places].float().mean((0, 2)).reshape(1, 1, h, -1).cpu()
         out += F.interpolate(small, size=size, mode='bilinear')[0, 0]
     return (out-out.min())/(out.max()-out.min()).clamp(min=1e-12)
+
+# %% ../nbs/32_attention.ipynb #6b56d857
+def _halved(h, w, n): # the floor of `n` places, when each one's sides are half of those above
+    while h*w>n: h, w = -(-h//2), -(-w//2)
+    return h if h*w==n else None
+
+def _height(n, size): # of a map of n places: as the network halves latents, else by proportion
+    h = max(1, round((n*size[0]/size[1])**.5))
+    if size[0]%8==size[1]%8==0 and (halved := _halved(size[0]//8, size[1]//8, n)): return halved
+    if n%h==0 and abs(n/h**2-size[1]/size[0])<=.5*size[1]/size[0]: return h
+    raise ValueError(f"expected a size in the picture's proportions, got {size} for maps of "
+                     f"{n} places")

@@ -6,7 +6,7 @@
 __all__ = ['parser', 'parse', 'settings', 'writable', 'make_pictures', 'learn_parser', 'learn', 'main', 'save_picture']
 
 # %% ../nbs/92_cli.ipynb #49c03cc3
-import argparse, os, random, re, sys, tempfile, warnings
+import argparse, os, random, re, shlex, sys, tempfile, warnings
 from pathlib import Path
 from . import __version__
 from .infotext import check_name, read_settings, save_picture
@@ -23,7 +23,8 @@ def parser()->argparse.ArgumentParser:
     add('prompt', nargs='?', help='what to draw, e.g. "A watercolor painting of an otter"')
     add('-o', '--output', help='file to write (.png, .jpg, .webp); out.png')
     add('--negative', help='what to move away from')
-    add('--fast', action='store_true', help='draw in four steps, with the student of pocket')
+    add('--fast', action=argparse.BooleanOptionalAction,
+        help='draw in four steps, with the student of pocket')
     add('--steps', type=int, help='denoising steps, 1 to 1000; 30')
     add('--guidance', type=float, help='guidance scale, 1 is off; what the checkpoint recommends')
     add('--seed', type=int, help='a number; a random one is chosen and printed')
@@ -117,7 +118,8 @@ def parse(
 # %% ../nbs/92_cli.ipynb #fe9ccf93
 def _model_name(model):
     if model is None: return 'pocket'
-    return Path(model).resolve().name if Path(model).expanduser().exists() else model
+    name = Path(model).resolve().name if Path(model).expanduser().exists() else model
+    return 'another pocket' if name=='pocket' else name     # --again must not take it for ours
 
 def settings(
     args,      # From `parse`
@@ -332,7 +334,7 @@ def learn_parser()->argparse.ArgumentParser:
 
 def _pictures_in(folder): # those that can be read, by name
     from PIL import Image
-    kinds = Image.registered_extensions()
+    kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     if not Path(folder).is_dir(): raise ValueError(f"expected a folder of pictures, got {folder!r}")
     files = [f for f in sorted(Path(folder).iterdir()) if f.suffix.lower() in kinds]
     if files: return [_open(str(f)) for f in files]
@@ -354,13 +356,16 @@ def learn(
                          vectors=args.vectors, steps=args.steps, seed=args.seed, path=state)
     save_word(file, args.word, rows)
     for done in (state, Path(f'{state}.lock')): done.unlink(missing_ok=True)
-    print(f'{file}: sdlearn "a picture of a {args.word}" --word {file}')
+    print(f'{file}: sdlearn "a picture of a {args.word}" --word {shlex.quote(str(file))}')
 
 def main(
     argv=None,  # Arguments; those of the command line when missing
 )->int:         # 0; 1 after an error; 130 when it was stopped
     "The command: errors are a sentence, not a traceback"
-    def note(message, *args, **kwargs): print(f'note: {message}', file=sys.stderr)
+    told = set()    # a batch of pictures says the same of each
+    def note(message, *args, **kwargs):
+        if str(message) not in told: print(f'note: {message}', file=sys.stderr)
+        told.add(str(message))
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     try:
         with warnings.catch_warnings():    # puts what was there back

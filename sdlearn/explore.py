@@ -24,6 +24,7 @@ from .sample import begins_late, make_plan, noise_from, sample, samplers as nine
 from .schedule import SD_V1, scale_input
 from .text import embed_prompts, mix as mixed
 from .tokenizer import all_ids, read_weights
+from .unet import versions
 from .vae import encode, latents_to_pil
 
 # %% ../nbs/70_explore.ipynb #7398917d
@@ -186,7 +187,8 @@ def _read(sd, *prompts): # their embeddings, and what there is to say about them
 def _start(sd, plan, seeds): # noisy latents, and where more noise comes from
     side = native_size(sd)//8
     noise_fn = noise_from([torch.Generator().manual_seed(s) for s in seeds])
-    return plan.start(noise_fn(torch.empty(len(seeds), 4, side, side, device=sd.device))), noise_fn
+    like = torch.empty(len(seeds), 4, side, side, device=sd.device, dtype=torch.float32)
+    return plan.start(noise_fn(like)), noise_fn
 
 def _way(sd, steps, sampler='dpmpp_2m'): # a student knows one
     return (steps, sampler) if sd.folded is None else (sd.num_inference_steps, sd.sampler)
@@ -226,8 +228,6 @@ def sketched(
         yield sketch
     yield from draw(sd, steps)
 
-def _weights(net): return tuple((id(p), p._version) for p in net.parameters())
-
 def _remembering(): # a `noise_predictor` that asks only once above the levels where it guides
     last = {}
     def predictor(sd, emb, scale, guidance_interval=None):
@@ -236,7 +236,7 @@ def _remembering(): # a `noise_predictor` that asks only once above the levels w
         def ask(x, sigma, t):
             if sigma<=guidance_interval[1]: return eps_fn(x, sigma, t)
             seen = [v.float().cpu().numpy().tobytes() for v in (x, emb.chunk(2)[1])]
-            key = (sigma, *seen, _weights(sd.unet))
+            key = (sigma, *seen, versions(sd.unet.parameters()))
             if key not in last:
                 last.clear()
                 last[key] = eps_fn(x, sigma, t)
@@ -434,9 +434,10 @@ def guidance(
         def row(sd, n, scale=scale, **where):
             eps_fn = predictor(sd, emb, scale, **where)
             return appearing(sd, eps_fn, seeds, n, sampler, every=8)
-        if not above or above[0]!=prompt:
+        now = prompt, versions(sd.unet.parameters()), emb.float().cpu().numpy().tobytes()
+        if not above or above[0]!=now:
             for plain in row(sd, steps, 1.): pass
-            above[:] = prompt, plain
+            above[:] = now, plain
         note = _joined(note, f'above: scale 1, the plain answer; below: scale {scale:g}',
                        *_unheard(scale, ''))
         for below in sketched(row, sd, steps): yield image_grid([above[1], below], cols=1), note

@@ -24,7 +24,7 @@ from .tokenizer import Tokenizer, check_tokenizer
 from .text import TextEncoder, flat_keys, nested_keys
 from .vae import VAE
 from .unet import UNet
-from .adapt.lora import merge_lora, read_lora
+from .adapt.lora import LowRank, merge_lora, read_lora
 from .fast.student import Made, read_made, read_student, student_file
 
 # a lesson of their own, still found here
@@ -151,7 +151,9 @@ class SD:
         return self
     def unload(self):
         "Take back everything that was put on the checkpoint, the last first"
-        while self.undo: self.undo.pop()()
+        while self.undo:
+            self.undo[-1]()     # one that is refused stays on the list
+            self.undo.pop()
         return self
     def load_word(self,
         file,            # A .safetensors file of ours, diffusers' or AUTOMATIC1111's
@@ -232,6 +234,9 @@ def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
 def _put_student(sd, fast): # the same networks, with another way to draw
     file = sd.path/'fast'/student_file if fast is True else as_path(fast, 'a file')
     made = read_student(file)
+    if sd.folded is not None:
+        raise ValueError(f"expected a checkpoint of many steps, got {sd.path.name}, which is a "
+                         "student already. Leave fast out: it draws in its few steps.")
     merge_lora(read_lora(file, sd.unet), unet=sd.unet)
     return replace(sd, **made.settings(sd.schedule))
 
@@ -262,7 +267,7 @@ def load_sd(
     check_dtype(dtype)
     device = usable_device(device, dtype)
     variant = 'fp16' if dtype==torch.float16 else None
-    path = find_checkpoint(name, variant)
+    path = find_checkpoint(name, variant).absolute()   # also from another working folder
     notes = _read_notes(path)
     load = _load_ours if networks=='own' else _load_theirs
     with _one_by_one:
@@ -306,6 +311,7 @@ def _settings(net): # as a config.json, without where it lay on somebody's disk
     return {k: v for k, v in said.items() if k not in ('_name_or_path', '_use_default_values')}
 
 def _write_piece(net, piece, folder):
+    net = getattr(net, '_orig_mod', net)    # what torch.compile was given
     state = nested_keys(net.state_dict()) if piece=='text_encoder' else net.state_dict()
     write_weights(folder/piece/_weights[piece], state)
     _write_json(folder/piece/'config.json', _classes[piece]|_settings(net))
@@ -325,14 +331,30 @@ def _made(sd): # what a student was made for
 
 def _copy_rest(sd, folder): # vocabulary, and pocket's image encoder and facts
     home = sd.path if sd.path.is_dir() else pocket_path()
-    shutil.copytree(home/'tokenizer', folder/'tokenizer')
+    _copy_files(home/'tokenizer', folder/'tokenizer')
     if sd.tokenizer is not None: write_words(sd.tokenizer, folder/'tokenizer') # a recipe has none
-    if (sd.path/'clip').is_dir(): shutil.copytree(sd.path/'clip', folder/'clip')
-    if (sd.path/'pocket.json').is_file(): shutil.copy(sd.path/'pocket.json', folder)
+    if (sd.path/'clip').is_dir(): _copy_files(sd.path/'clip', folder/'clip')
+    facts = sd.path/'pocket.json'
+    if facts.is_file(): shutil.copyfile(facts, folder/facts.name)
+
+def _copy_files(there, here): # without permissions: an installed package may be read-only
+    here.mkdir()
+    for file in there.iterdir():
+        if file.is_file(): shutil.copyfile(file, here/file.name)
+
+def _check_home(sd): # the vocabulary is copied from there
+    if Path(sd.path).exists(): return
+    raise ValueError(f"expected {str(sd.path)!r}, which this bundle came from, to be there still: "
+                     "its vocabulary is copied from it. Put it back, or set sd.path to where it "
+                     "lies now.")
 
 def _check_pieces(sd): # the small decoder and exported networks have files of their own
     for piece, usual in _classes.items():
         net, name = getattr(sd, piece), usual.get('_class_name')
+        if isinstance(net, nn.Module) and any(isinstance(m, LowRank) for m in net.modules()):
+            raise ValueError(f"expected weights alone, got a {piece} with LowRank layers beside "
+                             "them, which no checkpoint has. save_lora(lora_pairs(...)) keeps "
+                             "them; take_lora(network) takes them off.")
         said = _settings(net).get('_class_name', name) if hasattr(net, 'state_dict') else None
         if said!=name:
             raise ValueError(f"expected networks as load_sd makes them, got a "
@@ -345,10 +367,11 @@ def save_sd(
 )->Path:     # The folder
     "Write a checkpoint whole or not at all, in diffusers' layout, without a path of this machine"
     _check_pieces(sd)
+    _check_home(sd)
     folder = Path(os.path.realpath(as_path(folder, 'a folder')))    # where a link leads
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"expected a folder that does not exist yet, got {str(folder)!r}. "
-                         "Choose another name, or delete it first.")
+                         "Choose another name.")
     part = folder.with_name(f'.{folder.name}.{os.getpid()}')
     try:
         part.mkdir(parents=True)

@@ -118,8 +118,7 @@ def _ask(sd, prompts, eps_fn, negative_prompt, guidance_scale, guidance_interval
     return noise_predictor(sd, emb, guidance_scale, guidance_interval)
 
 def _finish(sd, steps, on_step): # -> PIL images
-    if on_step is not None and not callable(on_step):
-        raise ValueError(f"expected an on_step(step), got {on_step!r}")
+    _check_on_step(on_step)
     for step in steps:
         if on_step: on_step(step)
     return latents_to_pil(step.x_next.to(sd.dtype), sd.vae)
@@ -148,7 +147,8 @@ def txt2img(
     h, w = whole(h), whole(w)
     plan = plan_for(sd, sampler, num_inference_steps)
     noise_fn = noise_from(_generators(seed, len(prompts)))
-    noise = noise_fn(torch.empty(len(prompts), 4, h//8, w//8, device=sd.device))
+    noise = noise_fn(torch.empty(len(prompts), 4, h//8, w//8, device=sd.device,
+                                 dtype=torch.float32))
     ask = _ask(sd, prompts, eps_fn, **asked)
     return _finish(sd, denoise(plan, ask, plan.start(noise), noise_fn, progress), on_step)
 
@@ -178,6 +178,10 @@ def native_size(sd)->int: # Pixels
     "The side of the pictures a checkpoint was trained on: 128 for pocket, 512 for SD v1"
     if not hasattr(sd, 'unet'): raise ValueError(f"expected what load_sd gives, got {sd!r}")
     return 8*latent_side(sd.unet.config)
+
+def _check_on_step(on_step):
+    if on_step is None or callable(on_step): return
+    raise ValueError(f"expected an on_step(step), got {on_step!r}")
 
 def _several(seed):
     kinds = list, tuple, range, np.ndarray, torch.Tensor
@@ -223,11 +227,20 @@ def plan_for(
     sampler, n = (b if a is None else a for a, b in zip((sampler, num_inference_steps), own))
     plan = make_plan(sampler, n, sd.schedule)
     if sd.folded is None: return plan
-    ts = make_plan(*own, sd.schedule).timesteps
-    if plan.timesteps==ts and (sampler==own[0] or is_scheduler(sampler)): return plan
+    mine = make_plan(*own, sd.schedule)
+    if plan.timesteps==mine.timesteps and (
+            sampler==own[0] or is_scheduler(sampler) and _alike(plan, mine)): return plan
     raise ValueError(f"expected {own[1]} steps of {own[0]!r}, which this student was made for, "
                      f"got {n} of {sampler if isinstance(sampler, str) else type(sampler)}. Leave "
                      "num_inference_steps and sampler out; load_sd() without fast takes any.")
+
+def _alike(*plans): # do they lead to the same place, whatever a network says?
+    def end(plan):
+        noise_fn = noise_from([torch.Generator().manual_seed(0)])
+        for step in sample(plan, lambda x, sigma, t: x.sin(), noise(plan), noise_fn): pass
+        return step.x_next
+    def noise(plan): return plan.start(torch.linspace(-2, 2, 64).reshape(1, 4, 4, 4))
+    return torch.allclose(*map(end, plans), rtol=1e-3, atol=1e-3)
 
 # %% ../nbs/38_pipeline.ipynb #6bed52bd
 def start_step(
@@ -239,7 +252,7 @@ def start_step(
     taken = int(n*share)
     if share and not taken:
         warnings.warn(f"strength {share:g} of {n} steps is less than one: "
-                      f"the image stays as it is. Take {1/n:.2g} or more.")
+                      f"the image stays as it is. Take {-(-1000//n)/1000:g} or more.")
     return n-taken
 
 def _noised(sd, images, generators):
@@ -314,16 +327,21 @@ def inpaint(
     n = sd.num_inference_steps if num_inference_steps is None else num_inference_steps
     prompts, images = _opening(prompt, image, strength, n, seed, eps_fn, asked)
     masks = _masks(mask, images)
+    _check_on_step(on_step)
     first, plan = start_step(n, strength), plan_for(sd, sampler, n)
     generators, ask = _generators(seed, len(prompts)), _ask(sd, prompts, eps_fn, **asked)
     if first>=n: return images if paste_back else _there_and_back(sd, images)
     plan = plan.after(first)
     latents, noise, noise_fn = _noised(sd, images, generators)
     hole = _holes(masks, latents)
-    def keep(step): # the last x_next is clean, so nothing is added there
+    def put_back(step): # the last x_next is clean, so nothing is added there
         level = 0 if step.sigma_next==plan.sigmas[-1] else step.sigma_next
         step.x_next = torch.lerp(latents+level*noise, step.x_next, hole)
-        if on_step: on_step(step)
+    def keep(step):
+        put_back(step)
+        if on_step:
+            on_step(step)
+            put_back(step)      # whoever steers may have moved it
     x = plan.start(noise, latents if first else None)
     drawn = _finish(sd, denoise(plan, ask, x, noise_fn, progress), keep)
     if not paste_back: return drawn

@@ -100,6 +100,9 @@ def one_writer(
     except Timeout:
         raise ValueError(f"expected to be the only one that writes {path}, but another program "
                          "is training into it. Wait for it, or choose another path.") from None
+    except OSError as e:
+        raise OSError(f"expected to be able to write beside {str(path)!r}, but: "
+                      f"{e.strerror or e}. Choose another place.") from None
     try: yield
     finally: lock.release()
 

@@ -51,12 +51,11 @@ def _tokens(word, n): return [word, *(f'{word}_{i}' for i in range(1, n))]
 def _spread(texts, names): # 'a <tiny>' -> 'a <tiny> <tiny>_1'; what is spread already stays
     if isinstance(texts, (list, tuple)): return [_spread(t, names) for t in texts]
     if not isinstance(texts, str): return texts
-    for word, n in vectors_of(names).items():
-        whole_word = ' '.join(_tokens(word, n))
-        rest = re.escape(whole_word[len(word):])
-        pattern = rf'{re.escape(word)}(?:{rest})?(?!_\d)'
-        if n>1: texts = re.sub(pattern, lambda _, w=whole_word: w, texts, flags=re.IGNORECASE)
-    return texts
+    all_of = {w.lower(): ' '.join(_tokens(w, n)) for w, n in vectors_of(names).items()}
+    def pattern(w): return rf'{re.escape(w)}(?:{re.escape(all_of[w][len(w):])})?(?!_\d)'
+    words = sorted(all_of, key=len, reverse=True)   # or one would be found inside another
+    def spread(m): return next(all_of[w] for w in words if m[0].lower().startswith(w))
+    return re.sub('|'.join(map(pattern, words)), spread, texts, flags=re.IGNORECASE)
 
 def new_words(
     tokenizer,  # Ours or transformers'
@@ -76,6 +75,8 @@ def _longer(tokenizer, names): # a copy with these tokens at its end
         new.all_special_tokens += [*added]
         return new
     new = copy.deepcopy(tokenizer)
+    wrap = getattr(new, '_wrap_decode_method_backend_tokenizer', None)
+    if wrap: wrap()     # transformers' fast CLIP tokenizer forgets in a copy to turn </w> to spaces
     new.add_tokens(list(names))
     return new
 
@@ -92,7 +93,9 @@ def with_words(
     words = [*new_words(new)]
     plain = next(c for c in type(new).__mro__ if not issubclass(c, _Spoken))
     mixin = _Spoken if isinstance(new, Tokenizer) else _SpokenTheirs
-    new.__class__ = type(plain.__name__, (mixin, plain), dict(new_words=words))
+    # of the library of the plain one: diffusers writes its name into model_index.json
+    whose = dict(new_words=words, __module__=plain.__module__)
+    new.__class__ = type(plain.__name__, (mixin, plain), whose)
     return new
 
 # %% ../../nbs/40_inversion.ipynb #d277cdd0
@@ -283,16 +286,18 @@ def word_loss(
 )->Callable:         # loss_fn(word, generator), as `fit` wants it
     "Predict the noise on the pictures from captions with the word in it (Gal et al. 2022, eq. 2)"
     batch = check_number(batch, 'batch', 1, read=whole)
+    # not `sd` itself: where it lies and how it draws make no other training
+    text_encoder, unet, schedule = sd.text_encoder, sd.unet, sd.schedule
     def loss_fn(word, generator):
         i, j = (torch.randint(n, (batch,), generator=generator) for n in ids.shape[:2])
-        t = spread_timesteps(batch, generator, latents.device, sd.schedule)
-        words = word_states(sd.text_encoder, ids[i, j], word.rows.to(latents.device))
+        t = spread_timesteps(batch, generator, latents.device, schedule)
+        words = word_states(text_encoder, ids[i, j], word.rows.to(latents.device))
         def predict(x_in, sigma, cond):
-            return predict_noise(sd.unet, x_in.to(cond.dtype), t, cond).to(x_in.dtype)
+            return predict_noise(unet, x_in.to(cond.dtype), t, cond).to(x_in.dtype)
         x0 = latents[i]
         noise = noise_like(x0, generator)
-        kind = sd.schedule.prediction_type
-        return noise_loss(predict, x0, words, sigma_at(t, sd.schedule), noise, kind)
+        kind = schedule.prediction_type
+        return noise_loss(predict, x0, words, sigma_at(t, schedule), noise, kind)
     return loss_fn
 
 def start_rows(

@@ -20,7 +20,7 @@ from ..core import check_number, real, whole
 from ..denoiser import noise_loss
 from ..folders import open_weights, read_arrays, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
-from ..train import fit, learning
+from ..train import fingerprint, fit, learning
 from ..unet import predict_noise
 
 # %% ../../nbs/41_lora.ipynb #14252e7c
@@ -77,7 +77,7 @@ def all_layers(
     network, # Our UNet or diffusers', our text encoder or transformers'
 )->dict:     # name -> nn.Linear or nn.Conv2d, the plain layer where a `LowRank` is on it
     "Whatever a LoRA could change"
-    modules = dict(network.named_modules())
+    modules = dict(getattr(network, '_orig_mod', network).named_modules()) # torch.compile's own
     inside = {f'{k}.{part}' for k, m in modules.items() if isinstance(m, LowRank)
               for part in ('layer', 'down', 'up')}
     plain = {k: m.layer if isinstance(m, LowRank) else m
@@ -264,10 +264,17 @@ def merge_lora(
     weights = {k: layer.weight for k, layer in layers.items()}
     before = {k: w.detach().clone() for k, w in weights.items()}
     for k, w in weights.items(): w.copy_(w.float()+size*pairs[k].change(w))
+    after = {k: (w._version, w.dtype, fingerprint(w)) for k, w in weights.items()}
     @torch.no_grad()
     def undo():
+        for k, w in weights.items(): _check_untouched(k, w, *after[k])
         for k, w in weights.items(): w.copy_(before[k])
     return undo
+
+def _check_untouched(name, weight, version, dtype, mark): # since the LoRA was put on
+    if weight._version==version or weight.dtype!=dtype or fingerprint(weight)==mark: return
+    raise ValueError(f"expected {name} as this LoRA left it, got other numbers: something was put "
+                     "on, or trained, after it. Take that off first; the last goes first.")
 
 # %% ../../nbs/41_lora.ipynb #9d667633
 def _place(layer): # (piece, name with underscores): one key for all the spellings of a layer

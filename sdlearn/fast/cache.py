@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..core import check_number, whole
 from ..denoiser import noise_predictor
 from ..sample import Plan
-from ..unet import UNet, _quick, time_features
+from ..unet import UNet, _quick, time_features, versions
 
 # %% ../../nbs/54b_cache.ipynb #b796f5f4
 def shallow(
@@ -57,8 +57,10 @@ class FeatureCache:
         self.unet, self.config = unet, unet.config
         self.every = check_number(every, 'every', 1, read=whole)
         self.place = {float(t): i for i, t in enumerate(check_plan(plan).timesteps)}
-        self.words = self.quick = self.deep = None
+        self.words = self.quick = self.deep = self.seen = None
         self.last = 0.
+
+    def parameters(self): return self.unet.parameters()    # `SD` asks for dtype and device
 
     def full(self,
         t,      # Timestep
@@ -77,7 +79,9 @@ class FeatureCache:
 
     def __call__(self, x_in, t, text_embeddings):
         if torch.is_grad_enabled(): return self.unet(x_in, t, text_embeddings)
-        if text_embeddings is not self.words: self.listen(text_embeddings)
+        seen, before = versions([text_embeddings, *self.unet.parameters()]), self.seen
+        self.seen = seen
+        if text_embeddings is not self.words or seen!=before: self.listen(text_embeddings)
         anew, self.last = float(t)>=self.last, float(t)    # a drawing begins with the noisiest
         if self.full(t) or anew or self.deep is None: return self.quick(x_in, t, text_embeddings)
         return shallow(self.quick, x_in, t, text_embeddings, self.deep)

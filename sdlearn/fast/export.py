@@ -46,7 +46,8 @@ class _Words(nn.Module):
 class _Pixels(nn.Module):
     def __init__(self, vae):
         super().__init__()
-        self.mix, self.net, self.scale = vae.post_quant_conv, vae.decoder, vae.config.scaling_factor
+        self.mix = getattr(vae, 'post_quant_conv', nn.Identity())   # a small VAE has none
+        self.net, self.scale = vae.decoder, vae.config.scaling_factor
     def forward(self, latents): return self.net(self.mix(latents/self.scale))
 
 def parts(
@@ -146,6 +147,8 @@ class OnnxUNet:
         self.config = SimpleNamespace(in_channels=shapes['x_in'][1],
                                       sample_size=shapes['x_in'][2],
                                       cross_attention_dim=shapes['text_embeddings'][2])
+    def parameters(self): # float32 on the CPU, as what goes in; the weights are in the file
+        yield torch.empty(0)
     def __call__(self, x_in, t, text_embeddings):
         check_shapes(self, x_in, text_embeddings)
         sides = self.run.shapes['x_in'][1:]

@@ -259,6 +259,8 @@ def _write_paths(file, sd, prompts, seed, made, mark): # one block, whole or not
                   dict(made_from=json.dumps(mark)))
 
 def _path_block(file, *asked): # asked: the teacher, prompts, the first seed, and `Made`
-    mark = fingerprint([asked[0].unet, *asked[1:]])
+    sd, *rest = asked
+    told = [*sd.unet.parameters(), *sd.text_encoder.parameters()]   # also when they learn
+    mark = fingerprint([told, sd.schedule, *rest])
     if not file.exists(): _write_paths(file, *asked, mark)
     check_mark(read_note(file, 'made_from'), mark, file)
