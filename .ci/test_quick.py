@@ -67,6 +67,44 @@ def test_the_oldest_python_can_have_the_pins():
     assert min(versions, key=lambda v: int(v[2:]))==oldest
     for file in ('README.md', 'pyproject.toml'): assert re.search(rf'(Python |>=){re.escape(oldest)}\b', (root/file).read_text(encoding='utf8')), file
 
+def stored(node):
+    "Names that a statement gives to its notebook"
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)): return {a.asname or a.name.split('.')[0] for a in node.names}
+    inner = [n for child in ast.iter_child_nodes(node) for n in stored(child)]
+    return {*inner}|({node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set())
+
+def loaded(node):
+    "Names that it asks its notebook for"
+    mine = {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): mine |= {n for child in ast.walk(node) for n in stored(child) if child is not node}
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}-mine
+
+def needs(names, functions):
+    "Those, and what the functions among them need"
+    found, todo = set(), [*names]
+    while todo:
+        name = todo.pop()
+        if name in found: continue
+        found.add(name)
+        todo += functions.get(name, ())
+    return found
+
+def test_a_cell_needs_nothing_that_comes_later():
+    for path in lessons:
+        plain = [(c, '\n'.join(re.sub(r'^(\s*)[%!].*', r'\1pass', l) for l in s.split('\n'))) for c, s in cells(path)]
+        steps = [(c, node) for c, s in plain for node in ast.parse(s).body]
+        functions, first = {}, {}
+        for i, (_, node) in enumerate(steps):
+            for name in stored(node): first.setdefault(name, i)
+        for i, (cell, node) in enumerate(steps):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                # which methods of a class are called is not seen here
+                functions[node.name] = loaded(node) if isinstance(node, ast.FunctionDef) else set()
+                continue
+            late = [n for n in needs(loaded(node), functions) if first.get(n, -1)>i]
+            assert not late, f'{path.name} {cell} needs {late}, which come later'
+
 def test_badges_and_install_cells_follow_the_address():
     from importlib.machinery import SourceFileLoader
     loader = SourceFileLoader('address', str(root/'.ci'/'address'))

@@ -492,7 +492,7 @@ def samplers(
                                         'from where a thousand steps end')
     controls = dict(sampler=_one_of('sampler', nine, 'euler'),
                     steps=_whole('steps', 10, 1, 40, 'steps in all'),
-                    step=_whole('step', 5, 0, 80, 'shown up to'))
+                    step=_whole('step', 10, 0, 80, 'shown up to'))
     return explorer(draw, controls, (360, 360), 'Dots on their way from noise to three points')
 
 # %% ../nbs/70_explore.ipynb #251baa8d

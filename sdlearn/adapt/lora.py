@@ -292,6 +292,24 @@ def _table(networks): # place -> name and layer
             for piece, net in networks.items() if net is not None
             for name, layer in all_layers(net).items()}
 
+def _finite(p):
+    return all(torch.isfinite(torch.as_tensor(v)).all() for v in (p.down, p.up, p.alpha))
+
+def _misfit(pair, layer): # in words; nothing when it fits
+    w, down, up = layer.weight, pair.down, pair.up
+    fits = (down.ndim>1<up.ndim and len(down)==up[0].numel()
+            and len(up)==len(w) and down[0].numel()==w[0].numel())
+    if not fits: return f"{tuple(down.shape)} and {tuple(up.shape)} for {tuple(w.shape)}"
+
+def _check_fit(name, pairs, layers):
+    odd = [f'{k} {why}' for k, p in pairs.items() if (why := _misfit(p, layers[k]))]
+    if odd:
+        raise ValueError(f"expected low-rank changes that fit this checkpoint, but {name} has "
+                         f"{len(odd)} others: {'; '.join(odd[:3])}. It was made for another one.")
+    if odd := [k for k, p in pairs.items() if not _finite(p)]:
+        raise ValueError(f"expected finite numbers in {name}, got others in {', '.join(odd[:3])}. "
+                         "Its training has diverged.")
+
 # %% ../../nbs/41_lora.ipynb #84ff638a
 def lora_arrays(
     pairs:dict,             # 'unet.<name of a layer>' -> `Pair`
@@ -342,9 +360,6 @@ def _notes(pairs): # what diffusers calls adapter metadata: peft's own settings,
                     alpha_pattern={k: p.alpha for k, p in mine.items() if p.alpha!=alpha})
         notes |= {f'{piece}.{k}': v for k, v in said.items()}
     return notes
-
-def _finite(p):
-    return all(torch.isfinite(torch.as_tensor(v)).all() for v in (p.down, p.up, p.alpha))
 
 # %% ../../nbs/41_lora.ipynb #009854e6
 def read_lora(
@@ -397,12 +412,6 @@ def read_note(
         raise ValueError(f"expected JSON in the note {key!r} of {file.name}, got {text!r:.60}. "
                          "The file is damaged.") from None
 
-def _misfit(pair, layer): # in words; nothing when it fits
-    w, down, up = layer.weight, pair.down, pair.up
-    fits = (down.ndim>1<up.ndim and len(down)==up[0].numel()
-            and len(up)==len(w) and down[0].numel()==w[0].numel())
-    if not fits: return f"{tuple(down.shape)} and {tuple(up.shape)} for {tuple(w.shape)}"
-
 def _pair(row, notes, place):
     rank = len(row['down'])
     alpha = row['alpha'].item() if 'alpha' in row else _said_alpha(notes, place, rank)
@@ -415,12 +424,3 @@ def _report(name, unknown, known):
                          ". It is of another model, or no LoRA.")
     if unknown: warnings.warn(f"{name}: {len(unknown)} arrays have no place here and are left "
                               f"out: {some}", stacklevel=4)
-
-def _check_fit(name, pairs, layers):
-    odd = [f'{k} {why}' for k, p in pairs.items() if (why := _misfit(p, layers[k]))]
-    if odd:
-        raise ValueError(f"expected low-rank changes that fit this checkpoint, but {name} has "
-                         f"{len(odd)} others: {'; '.join(odd[:3])}. It was made for another one.")
-    if odd := [k for k, p in pairs.items() if not _finite(p)]:
-        raise ValueError(f"expected finite numbers in {name}, got others in {', '.join(odd[:3])}. "
-                         "Its training has diverged.")

@@ -257,7 +257,7 @@ def _write_clip(folder, pair): # the image encoder, the projection and the tempe
 # %% ../../nbs/64c_recipe.ipynb #1027a3c2
 @dataclass(frozen=True)
 class Recipe:
-    "How much of everything; pocket's own, a quarter of an hour on one H200"
+    "How much of everything; pocket's first run, a quarter of an hour on one H200"
     pictures:int=400_000    # Scenes 0, 1, 2, ... to train on
     block:int=2000          # Pictures in a file
     processes:int=None      # That draw them; None: one per core, 0: the one that trains
