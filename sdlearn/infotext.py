@@ -65,6 +65,13 @@ def check_name(
     raise ValueError("expected an output file that ends in .png, .jpg, .webp or .gif, "
                      f"got {str(path)!r}")
 
+_usual = '1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'
+
+def _is_rare(im, path): # a mode that this kind of file does not know; a JPEG no transparency
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    if kind in ('JPEG', 'TIFF'): return kind=='JPEG'
+    return im.mode not in _usual or kind=='BMP' and im.mode in ('LA', 'I;16')
+
 def save_picture(
     im:Image.Image, # What to write
     path:Path,      # .png, .jpg and .webp keep the settings
@@ -77,7 +84,7 @@ def save_picture(
         raise ValueError("expected a PIL image and its settings in a dict, got "
                          f"{type(im).__name__} and {type(info).__name__}")
     info = {k: plain(v) for k, v in info.items()}
-    if path.suffix.lower() in ('.jpg', '.jpeg'): im = as_rgb(im)    # knows no transparency
+    if _is_rare(im, path): im = as_rgb(im)
     try: ours = json.dumps(info)           # ASCII: EXIF's description knows nothing else
     except TypeError: raise ValueError(f"expected numbers and text, got {info!r:.200}") from None
     notes = _notes(path, ours, infotext(info, im.size))

@@ -82,7 +82,7 @@ def _read_clip(folder, mtimes, sizes): # stamps: so that the cache sees what has
     state = {k: v.float() for k, v in read_arrays(weights_file(folder/'clip'))[0].items()}
     clip = Clip(_image_encoder(folder/'clip', state), load_own(TextEncoder, folder/'text_encoder'),
                 Tokenizer.from_folder(folder/'tokenizer'), state['text_projection.weight'])
-    return clip.eval().requires_grad_(False)
+    return clip.float().eval().requires_grad_(False)    # whatever torch's default
 
 def _unweighted(text): return read_weights(text)[0] if isinstance(text, str) else text
 

@@ -123,7 +123,8 @@ def special_ids(
     ends = {t: [tokenizer.convert_tokens_to_ids(t)] for t in ('<|startoftext|>', '<|endoftext|>')}
     alone = {word: ids(word) for word in new_words(tokenizer)}
     spelled = {' '.join(tokenizer.convert_ids_to_tokens(i)): i for i in alone.values()}
-    return ends|alone|spelled
+    # the page looks for them in text that is in lower case
+    return ends|{word.lower(): i for word, i in (alone|spelled).items()}
 
 def tokenizer_settings(
     tokenizer, # Ours or transformers'
@@ -168,7 +169,8 @@ def loading_line(
     if sd.path!=pocket_path() or sd.folded is None: return None
     own = isinstance(sd.tokenizer, Tokenizer)
     student = load_sd(networks='own' if own else 'diffusers', fast=True)
-    return 'load_sd(fast=True)' if all(map(torch.equal, _tensors(sd), _tensors(student))) else None
+    same = all(map(torch.equal, _tensors(sd), _tensors(student)))
+    return 'load_sd(fast=True)' if same and plan_for(sd)==plan_for(student) else None
 
 def _tensors(sd):
     return [p.cpu() for net in (sd.text_encoder, sd.unet, sd.vae) for p in net.parameters()]
@@ -187,7 +189,7 @@ def page_settings(
     words = tokenizer_settings(sd.tokenizer)|dict(runs=zero_runs(table))
     told = dict(shape=[4, side, side], length=sd.tokenizer.model_max_length, sketch=sketch,
                 timesteps=plan.timesteps, sigmas=plan.sigmas, start_std=plan.start_std)
-    return dict(prompt=prompt, seed=generator_of(seed).initial_seed(), plan=told,
+    return dict(prompt=prompt, seed=generator_of(seed).initial_seed()%2**32, plan=told,
                 networks=3+(sketch=='sketch'), tokenizer=words, load=load or loading_line(sd))
 
 # %% ../nbs/71_page.ipynb #2b2d0524

@@ -172,7 +172,8 @@ def _seeded(loss_fn, rng, device, precision):
     "The loss, with torch's own random numbers following from the step's generator too"
     kind = dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)
     half = torch.autocast(device.type, dtype=kind) if kind else nullcontext()
-    with seeded(rng.initial_seed(), [device] if device.type=='cuda' else []), half:
+    other = rng.initial_seed()^2**31     # or both would give the same numbers
+    with seeded(other, [device] if device.type=='cuda' else []), half:
         return loss_fn(rng)
 
 def _update(loss, params, opt, scaler):

@@ -27,9 +27,9 @@ def on_white(
     share:float=.78,       # Of the side that the drawing takes: as large as in pocket's pictures
 )->Image.Image:            # RGB, `side` x `side`
     "A drawing in the middle of a white picture"
-    n = round(side*share)
+    w, h = (max(1, round(side*share*n/max(im.size))) for n in im.size)    # the longer one fills it
     canvas = Image.new('RGB', (side, side), 'white')
-    canvas.paste(im.resize((n, n), Image.LANCZOS), ((side-n)//2, (side-n)//2))
+    canvas.paste(im.resize((w, h), Image.LANCZOS), ((side-w)//2, (side-h)//2))
     return canvas
 
 def read_icons(

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Callable
 import torch
 from PIL import Image
-from .dreambooth import drift, encode_pairs, learn_all, learn_dreambooth, remembered
+from .dreambooth import (drift, encode_pairs, few_steps, learn_all, learn_dreambooth,
+                               remembered)
 from .imagic import learn_edit, save_edit
 from .inversion import add_words, learn_word, save_word
 from .lora import learn_lora, lora_loss, merge_lora, save_lora
@@ -50,7 +51,7 @@ def draw_taught(
 )->list:            # PIL pictures
     "Draw what was learned, and take it off again"
     said = [s.replace('{}', taught.call) for s in sentences]
-    settings = dict(num_inference_steps=12, progress=False)|settings
+    settings = few_steps(sd)|dict(progress=False)|settings
     undo = taught.put(sd)
     try: return [im for i in range(0, len(said), 8) for im in
                  txt2img(sd, said[i:i+8], seed=[*range(seed+i, seed+len(said))][:8], **settings)]

@@ -58,7 +58,7 @@ class FeatureCache:
         self.every = check_number(every, 'every', 1, read=whole)
         self.place = {float(t): i for i, t in enumerate(check_plan(plan).timesteps)}
         self.words = self.quick = self.deep = self.seen = None
-        self.last = 0.
+        self.at = None    # number of the step that was asked last
 
     def parameters(self): return self.unet.parameters()    # `SD` asks for dtype and device
 
@@ -82,8 +82,9 @@ class FeatureCache:
         seen, before = versions([text_embeddings, *self.unet.parameters()]), self.seen
         self.seen = seen
         if text_embeddings is not self.words or seen!=before: self.listen(text_embeddings)
-        anew, self.last = float(t)>=self.last, float(t)    # a drawing begins with the noisiest
-        if self.full(t) or anew or self.deep is None: return self.quick(x_in, t, text_embeddings)
+        due, here = self.full(t), self.place[float(t)]
+        anew, self.at = self.at is None or here!=self.at+1, here     # else it is the next step
+        if due or anew or self.deep is None: return self.quick(x_in, t, text_embeddings)
         return shallow(self.quick, x_in, t, text_embeddings, self.deep)
 
 # %% ../../nbs/54b_cache.ipynb #f559960b

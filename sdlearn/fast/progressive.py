@@ -145,11 +145,12 @@ def halve(
 def two_answers(
     network,             # Whatever `ask` can ask
     x_in:Tensor,         # (B,...) noisy pictures or latents, scaled to std about 1
-    t:Tensor,            # (B,) timesteps
+    t,                   # (B,) timesteps, or one for all
     told,                # (2B,...) what the network is told: the unconditional half first
     ask=ask_network,     # ask(network, x_in, t, told) -> prediction
 )->tuple:                # Its predictions without and with the words, each shaped like `x_in`
     "Both questions of guidance in one call of twice as many (Ho & Salimans 2022)"
+    t = torch.as_tensor(t, device=x_in.device).expand(len(x_in))
     return ask(network, torch.cat([x_in]*2), torch.cat([t]*2), told).chunk(2)
 
 def guided_answer(

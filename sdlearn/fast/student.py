@@ -18,7 +18,7 @@ from ..configs import latent_side
 from ..core import as_folder, as_path, check_number, seeded_noise, whole
 from ..denoiser import as_noise, noise_predictor
 from ..folders import read_arrays, safe_path, write_weights
-from ..sample import ddim_step, dpmpp_2m, make_plan, sample, samplers
+from ..sample import ddim, ddim_step, dpmpp_2m, euler, make_plan, sample, samplers
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
 from ..tokenizer import as_texts
@@ -73,6 +73,10 @@ def between(
                          f"student's, got {steps!r}")
     ends = [*plan.timesteps, -1.]     # 'trailing' counts down to -1
     ts = [a+(b-a)*j/n for a, b, n in zip(ends, ends[1:], steps) for j in range(n)]
+    if ts[-1]<0:
+        raise ValueError("expected a student's plan with timestep_spacing 'trailing', which "
+                         "leaves room for steps below its last stop, got one that stops at "
+                         f"{ends[-2]:g}")
     sigmas = [*(sigma_at(t, schedule) for t in ts), plan.sigmas[-1]]
     return plan._replace(rule=dpmpp_2m, timesteps=ts, sigmas=sigmas)
 
@@ -123,6 +127,9 @@ def path_loss(
 ):                # loss_fn(unet, generator) for `fit` and `learn_lora`
     "Single steps, each from a stop of the teacher's"
     _check_paths(paths, words, plan)
+    if plan.rule not in (euler, ddim):
+        raise ValueError("expected a plan of euler, whose steps these are, got one of "
+                         f"{plan.rule.__name__}. Made(sampler='euler') makes it.")
     bs = check_number(bs, 'bs', 1, read=whole)
     def loss(unet, g):
         some = _some(paths, words, bs, g, unet)
@@ -143,6 +150,9 @@ def _some(paths, words, bs, generator, unet): # of the paths, where the student 
 
 def _check_paths(paths, words, plan):
     n = len(plan.timesteps)
+    if plan.calls!=n:
+        raise ValueError(f"expected a plan that asks once per step, got {plan.calls} calls in {n} "
+                         "steps. Made(sampler='euler') makes one.")
     if paths.ndim!=5 or paths.shape[1]!=n+1 or words.ndim!=3 or len(words)!=len(paths):
         raise ValueError(f"expected paths (N,{n+1},4,h,w) with as many text embeddings (N,77,D), "
                          f"got {tuple(paths.shape)} and {tuple(words.shape)}")

@@ -9,12 +9,11 @@ __all__ = ['check_pictures', 'digits', 'digit_images', 'Classifier', 'scramble',
 # %% ../../nbs/20_score.ipynb #3ec4d520
 import gzip, struct
 from importlib.resources import files
-from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from ..core import check_number, generator_of, seeded, tensor_to_images, whole
+from ..core import as_path, check_number, generator_of, seeded, tensor_to_images, whole
 from ..train import fit
 
 # %% ../../nbs/20_score.ipynb #3c5ed545
@@ -67,7 +66,7 @@ def _from_package(): # one mosaic; every five rows of it hold the 500 digits of 
 
 def _from_anywhere(source, labels):
     if source is None: return _from_package()
-    if labels is None: return _from_disk(Path(source))
+    if labels is None: return _from_disk(as_path(source, 'a folder with MNIST or an .npz file'))
     return torch.as_tensor(source), torch.as_tensor(labels)
 
 # %% ../../nbs/20_score.ipynb #ecc9ce03

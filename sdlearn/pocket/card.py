@@ -45,6 +45,9 @@ def model_card(
 )->str:        # Markdown with a YAML head
     "The model card, with the numbers of pocket.json"
     known = facts(path)
+    if 'subjects' not in known:
+        raise ValueError(f"expected pocket.json in {_folder(path)} to say on how many subjects it "
+                         "was trained, got nothing. update_facts(path, subjects=...) says it.")
     m = known.get('metrics') or {}
     settings = ', '.join(f'{k} {v}' for k, v in m.get('settings', {}).items())
     return _head+_card.format(
@@ -52,7 +55,7 @@ def model_card(
                  if 'fast' not in f.relative_to(_folder(path)).parts)/1e6,
         subjects=known['subjects'], guidance=known.get('guidance_scale', 7.5),
         settings=settings or 'nothing yet', training=_listed(known.get('training', [])),
-        shares=_share_rows(m.get('shares', {})), rest=_rest(m) if 'vae' in m else '',
+        shares=_share_rows(m.get('shares', {})), rest=_rest(m) if _measured<={*m} else '',
         student=_student(known.get('student'), m.get('shares', {})),
         failures=_listed(known.get('failures', [])))
 
@@ -101,7 +104,8 @@ Shares are top-1: of all that could have been asked for, is it the right one? By
 and by pixel distance to the renderer's drawings. "True" is what the same judge says of the \
 renderer's pictures (guidance draws what is most typical, which CLIP may like better). Of two in \
 relation CLIP looks for one in parts of the picture, too. Held out: combinations that \
-were in no training. ± is the standard error of a share of so many pictures.
+were in no training (a style, background or colour: of the first or only subject; the second of \
+two may have been seen so). ± is the standard error of a share of so many pictures.
 
 | what | pictures | CLIP | true | pixels | true |
 |---|---|---|---|---|---|
@@ -129,6 +133,8 @@ def _columns(first, rows, **names): # a table from {'4': dict(rms=..., ...), ...
     lines = [[first, *names.values()], ['---']*(len(names)+1),
              *([key, *(row[k] for k in names)] for key, row in rows.items())]
     return '\n'.join(map(_line, lines))
+
+_measured = {'variety', 'guidance', 'steps', 'vae'}
 
 def _rest(m): # of what was measured
     v, vae = m['variety'], m['vae']

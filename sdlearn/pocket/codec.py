@@ -32,7 +32,7 @@ def worst(
 )->torch.Tensor:    # Scalar
     "Mean error of the worst hundredth of the pixels of each picture"
     error = (y-x).abs().mean(1).flatten(1)
-    return error.topk(error.shape[1]//100, dim=1).values.mean()
+    return error.topk(max(1, error.shape[1]//100), dim=1).values.mean()
 
 def picture_loss(
     y:torch.Tensor, # (B,3,H,W), what came back
@@ -96,7 +96,7 @@ class VAELoss(nn.Module):
 # %% ../../nbs/64b_codec.ipynb #901d7d3c
 def device_of(net): return next(net.parameters()).device
 
-def mark_of(data): return getattr(data, 'mark', None) # an array is its own mark
+def mark_of(data): return getattr(data, 'mark', data) # an array is its own mark
 
 def hasten(
     net:nn.Module, # Compiled in place where there is a GPU: names of its weights stay

@@ -67,8 +67,14 @@ def examples(
 
 # %% ../../nbs/65_evaluate.ipynb #084fc508
 def _others(scene, field): # it, and 119 more in that place
-    names = [n for n in subjects() if n not in (scene.subject, scene.other)]
+    own = [find(n).names[0] for n in (scene.subject, scene.other)]    # by whatever name
+    names = [n for n in subjects() if n not in own]
     return [scene, *(replace(scene, **{field: n}) for n in names[:core-1])]
+
+def _itself_and_all(name): # all subjects, this one by the name that was said
+    who = find(name)
+    if who.unseen: return [name, *subjects()]
+    return [name if n==who.names[0] else n for n in subjects()]
 
 def rivals(
     scene:Scene, # In the standard view
@@ -76,7 +82,7 @@ def rivals(
 )->dict:         # The question -> the scenes to choose from, itself among them
     "Scenes that differ from this one in one thing"
     if kind!='relation':
-        values = subjects() if kind=='subject' else _all[kind]
+        values = _itself_and_all(scene.subject) if kind=='subject' else _all[kind]
         return {kind: [replace(scene, **{kind: v}) for v in values]}
     swapped = replace(scene, subject=scene.other, other=scene.subject)
     return {'first subject': _others(scene, 'subject'),
@@ -156,7 +162,8 @@ def by_pixels(
     for im, row in zip(images, options):
         looks = [_looks(s, side) for s in row]
         owner = [s for s, x in zip(row, looks) for _ in x]
-        distance = torch.cdist(moved(im, not row[0].relation, side), torch.cat(looks)).amin(0)
+        mirror = not any(s.relation or s.place for s in row)
+        distance = torch.cdist(moved(im, mirror, side), torch.cat(looks)).amin(0)
         found.append(owner[distance.argmin()])
     return found
 
@@ -466,6 +473,13 @@ def _write_out(folder, m, sheets):
     fig.savefig(folder/'plots.png', dpi=100)
     plt.close(fig)
 
+def _check_counts(n): # before anything is drawn
+    if lost := [k for k in few if k not in n]:
+        raise ValueError(f"expected numbers of pictures for {', '.join(few)}, got none for "
+                         f"{', '.join(lost)}. Start from few: few|dict({lost[0]}=...).")
+    for k in few: check_number(n[k], f'n[{k!r}]', 4 if k=='vae' else 1, read=whole)
+    for kind, held, count in _kinds(n): examples(kind, count, held)  # are there so many?
+
 def evaluate(
     path=None,                  # A checkpoint folder; pocket when missing
     num_inference_steps:int=None, # As in `txt2img`; 20 when missing
@@ -477,11 +491,10 @@ def evaluate(
 )->dict:                        # The numbers of the model card
     "Measure a checkpoint: run this before its weights are replaced"
     from tqdm.auto import tqdm
-    if lost := [k for k in few if k not in n]:
-        raise ValueError(f"expected numbers of pictures for {', '.join(few)}, got none for "
-                         f"{', '.join(lost)}. Start from few: few|dict({lost[0]}=...).")
+    _check_counts(n)
     if out: out = as_folder(out)
     sd, start = load_sd(path, networks='own', fast=fast), time.time()
+    load_clip(sd.path)     # is there a judge?
     asked = dict(num_inference_steps=num_inference_steps, sampler=sampler,
                  guidance_scale=guidance_scale)
     usual = dict(num_inference_steps=20, sampler='dpmpp_2m', guidance_scale=sd.guidance_scale)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..configs import read_config, text_config, unet_config, vae_config
-from ..core import (as_folder, as_path, check_number, image_grid, seeded, seeded_noise,
+from ..core import (as_folder, as_path, check_number, image_grid, plain, seeded, seeded_noise,
                           tensor_to_images, whole, write_text)
 from ..denoiser import noise_loss, noise_predictor, predict_noise
 from ..folders import pocket_path, read_arrays, read_json, write_weights
@@ -248,6 +248,12 @@ def check_place(
             raise ValueError(f"expected a new folder for the checkpoint, got {out}, which holds "
                              "something else. Choose another name.")
 
+def _check_apart(run, out): # a checkpoint may lie in its run, not around it: it replaces all
+    inner, outer = run.resolve(), out.resolve()
+    if outer not in (inner, *inner.parents): return
+    raise ValueError("expected a folder for the checkpoint that does not hold the run, got "
+                     f"{outer} around {inner}. Choose another one, e.g. {inner/'checkpoint'}.")
+
 def _write_clip(folder, pair): # the image encoder, the projection and the temperature
     shutil.rmtree(folder, ignore_errors=True)
     state = {k: v.half() for k, v in pair.state_dict().items() if not k.startswith('text.')}
@@ -311,7 +317,8 @@ def claim(
     nets,      # The networks as they were at the start
 ):
     "Write down what a run is, or refuse to mix two"
-    said = {k: v for k, v in asdict(r).items() if k not in ('processes', 'compiled', 'save_every')}
+    free = 'processes', 'compiled', 'save_every'
+    said = {k: plain(v) for k, v in asdict(r).items() if k not in free}
     said['start'] = fingerprint([p for net in nets for p in net.parameters()])
     file = run/'run.json'
     known = read_json(file) or said
@@ -380,6 +387,7 @@ def train(
     r, run, out = recipe, as_path(run, 'a folder'), as_path(out, 'a folder')
     check_recipe(r, warm)
     check_place(out)
+    _check_apart(run, out)
     vae, pair, unet = nets = warm_networks(warm) if warm else new_networks()
     claim(run, r, nets)
     for net in nets: net.to(processes().device)

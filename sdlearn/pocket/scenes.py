@@ -174,7 +174,8 @@ def _share(
 def is_held_out(
     scene:Scene, # Any
 )->bool:
-    "Is this scene kept out of training? So are all unseen subjects"
+    """Is this scene kept out of training? So are all unseen subjects. Style, background and colour
+    are asked of the first subject: a second one may be seen in those that are held out for it"""
     who = find(scene.subject)
     name = who.names[0]
     if who.unseen or scene.style!='plain' and _share(name, scene.style)<.1: return True
