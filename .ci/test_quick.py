@@ -4958,7 +4958,7 @@ def test_pictures_of_rare_kinds_are_saved(tmp_path):
     from sdlearn.infotext import save_picture
     for mode in ('I', 'F', 'CMYK', 'HSV', 'YCbCr', 'LA', 'RGBA', 'P', '1', 'I;16'):
         for end in ('png', 'jpg', 'jfif', 'webp', 'gif', 'bmp'): save_picture(Image.new(mode, (8, 8)), tmp_path/f'a.{end}', dict(prompt='x'))
-    assert Image.open(tmp_path/'a.png').mode=='I;16'
+    assert Image.open(tmp_path/'a.png').mode in ('I;16', 'I')      # as Pillow 10.1 reads it
 
 def test_the_worst_pixel_of_a_small_picture():
     from sdlearn.pocket.codec import worst
