@@ -108,7 +108,8 @@ def word_map(
     if not places or not maps or not {*map(whole, places)}<={*range(77)}:
         raise ValueError(f"expected places of a word and maps, got {places} and {len(maps)} maps; "
                          "token_places and attention_maps give them")
-    if not isinstance(size, (tuple, list)) or [*map(lambda n: (whole(n) or 0)>0, size)]!=[True]*2:
+    two = isinstance(size, (tuple, list)) and len(size)==2
+    if not two or not all((whole(n) or 0)>0 for n in size):
         raise ValueError(f"expected a size (height, width) in pixels, got {size!r}")
     out = torch.zeros(size)
     for m in maps.values():

@@ -393,6 +393,8 @@ def fit(
         bar = tqdm(stream, initial=len(losses), total=steps,
                    disable=not (progress and here.is_main_process))
         save = saver(mine, save_every)
+        def now(): # asked for when it is time to save, not at every step
+            return step.state()|dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()))
         for step in bar:
             if not step.good: _stop(step, path)
             losses.append(step.loss)
@@ -400,8 +402,7 @@ def fit(
             if step.i%20==0: bar.set_postfix(loss=f'{np.mean(losses[-100:]):.4f}')
             if preview and preview_every and (step.i+1)%preview_every==0:
                 with averaged_weights(params, averaged): preview(model, step.i+1)
-            more = dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()))
-            save(step.i+1==steps, lambda: step.state()|more)
+            save(step.i+1==steps, now)
     if averaged: put(params, averaged)
     return losses
 
