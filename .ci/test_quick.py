@@ -18,7 +18,7 @@ def cells(path, kind='code'):
 # ---------------------------------------------------------------- structure
 
 rooms = '''configs core folders train tokenizer attention text vae schedule unet guidance denoiser adapt.inversion adapt.lora schedulers
-    sample fast.progressive fast.guided fast.student fast.consistency fast.cache fast.export load fast.decoder pipeline adapt.imagic
+    sample fast.progressive fast.guided fast.student fast.consistency fast.cache fast.export load fast.speed fast.decoder pipeline adapt.imagic
     idea.score idea.noise idea.steps idea.classes idea.autoencoder idea.contrast judge adapt.dreambooth pocket.atlas pocket.emoji
     pocket.backdrops pocket.looks pocket.captions pocket.scenes adapt.finetune pocket.card
     pocket.pictures pocket.codec pocket.recipe pocket.evaluate adapt.which pocket.__main__ infotext explore page cli __main__ bench'''.split()  # from the ground up
@@ -3330,6 +3330,46 @@ def test_what_cannot_be_cached_is_refused():
     ask, x = cached_predictor(sd, torch.randn(2, 77, 12), plan, 2, 3.), torch.randn(1, 4, 8, 8)
     with torch.no_grad(): assert [*sample(plan, ask, plan.start(x))][-1].x_next.shape==x.shape
 
+# ---------------------------------------------------------------- make it fast: speed
+
+def test_a_packed_unet_is_the_plain_one_and_follows_its_weights(monkeypatch):
+    import copy, pickle
+    from dataclasses import replace
+    import sdlearn.fast.speed as speed
+    from sdlearn.fast.cache import FeatureCache
+    from sdlearn.load import SD
+    net, words, x = small_unet(), torch.randn(2, 7, 12), torch.randn(2, 4, 8, 8)
+    sd = SD(None, None, None, net, Path('.'))
+    def same(quick, *args):
+        with torch.no_grad(): assert_close(quick(*args), net(*args), rtol=1e-4, atol=1e-4)
+    unet = speed.packed(sd).unet
+    for n in (2, 1, 2):
+        for w in (words, -words): same(unet, x[:n], 500, w[:n])
+    layers = [m for m in unet.quick.modules() if hasattr(m, 'kept')]
+    if speed.can_pack():
+        assert {type(m) for m in layers}=={speed._PackedConv, speed._PackedLinear}
+        assert all(len(m.kept)==2 for m in layers if isinstance(m, speed._PackedConv))
+    before, kept = unet.quick, unet.kept
+    same(unet, x, 500, words+1)
+    assert unet.quick is not before and unet.kept is kept       # other words: packed as it was
+    with torch.no_grad(): net.conv_in.weight.mul_(2)
+    same(unet, x, 400, words)
+    assert unet.kept is not kept                                # other weights: packed anew
+    for side in (2, 4, 6, 8, 10, 12): same(unet, torch.randn(2, 4, side, side), 500, words)
+    assert all(len(m.kept)<=4 for m in layers)
+    plan = make_plan('ddim', 5)
+    cache, plain = FeatureCache(unet, plan, 2), FeatureCache(net, plan, 2)
+    with torch.no_grad():
+        for t in plan.timesteps: assert_close(cache(x, t, words), plain(x, t, words), rtol=1e-4, atol=1e-4)
+    for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))): same(copied, x, 500, words)
+    again = speed.packed(replace(sd, unet=unet)).unet
+    assert again.unet is net and dict(again.named_parameters()).keys()==dict(net.named_parameters()).keys()
+    with pytest.raises(ValueError, match='expected our own UNet, got FeatureCache'): speed.packed(replace(sd, unet=cache))
+    monkeypatch.setattr(speed, '_private', ('_gone',))
+    with pytest.warns(UserWarning, match='nothing gets faster'): slow = speed.packed(sd).unet
+    same(slow, x, 500, words)
+    assert not [m for m in slow.quick.modules() if hasattr(m, 'kept')]
+
 # ---------------------------------------------------------------- make it fast: export
 
 @torch.no_grad()
@@ -4386,9 +4426,9 @@ def test_rulers_of_time():
 
 def test_four_prompts_at_once_are_counted_per_picture(monkeypatch):
     from sdlearn import bench
-    monkeypatch.setattr(bench, 'alternate', lambda sides, n: [dict(theirs=8., ours=4., loop=8., lms=2., seed=3., four=16.)]*3)
+    monkeypatch.setattr(bench, 'alternate', lambda sides, n: [dict(theirs=8., ours=4., packed=2.5, loop=8., lms=2., seed=3., four=16.)]*3)
     monkeypatch.setattr(bench, '_theirs', lambda steps: None)
-    assert [r[1] for r in bench._warm(1, 3).values()]==[2, 1, 1.5, 2]
+    assert [r[1] for r in bench._warm(1, 3).values()]==[2, 3.2, 1, 1.5, 2]
 
 def test_a_bundle_is_converted_whole():
     from sdlearn import load_sd
@@ -4624,6 +4664,29 @@ def test_nothing_is_remembered_of_other_weights_or_words(networks):
         torch.testing.assert_close(kept(x, 5., 500), before)
         emb.copy_(other)
         torch.testing.assert_close(kept(x, 5., 500), noise_predictor(sd, other)(x, 5., 500))
+
+def test_a_watch_sees_what_is_written_exchanged_and_hung_on():
+    from torch import nn
+    from sdlearn import load_sd
+    from sdlearn.unet import Watch
+    net, words = load_sd(networks='own').unet, torch.zeros(1, 77, 128)
+    watch = Watch(net)
+    def changed(): return watch.changed(words), watch.changed(words)
+    assert changed()==(True, False)
+    layer, hooks = net.mid_block.resnets[0], []
+    def write():
+        with torch.no_grad(): layer.conv1.weight.mul_(2)
+    def exchange(): layer.conv1.bias = nn.Parameter(layer.conv1.bias.clone())
+    def replace(): layer.conv2 = nn.Conv2d(4, 4, 3)
+    def hang(): hooks.append(layer.register_forward_hook(lambda *args: None))
+    def listen(): hooks.append(layer.norm1.register_forward_pre_hook(lambda *args: None))
+    for change in (write, exchange, replace, hang, listen,
+                   lambda: hooks.pop().remove(), lambda: words.add_(1), net.half, net.float):
+        change()
+        assert changed()==(True, False), change
+    for _ in range(20):     # words that come and go, often where others have been
+        words = torch.zeros(1, 77, 128)
+        assert changed()==(True, False)
 
 def test_hooks_and_layers_of_ones_own_are_asked_when_it_draws():
     from sdlearn import load_sd

@@ -14,6 +14,7 @@ from .core import seeded_noise
 from .denoiser import noise_predictor
 from .fast.cache import cached_predictor
 from .fast.decoder import load_small
+from .fast.speed import packed
 from .load import load_sd, pocket_path
 from .pipeline import encode_prompt, plan_for, txt2img
 from .sample import make_plan, sample
@@ -146,8 +147,9 @@ def remedies(
     own,          # `SD` bundle with our own networks
     steps:int=50, # Denoising steps of the slow picture
 )->dict:          # name -> function that draws one picture
-    "What makes pocket faster without a training, each on its own and three together"
+    "What makes pocket faster without a training, on packed weights or in bfloat16"
     low, plan = replace(own, unet=copy.deepcopy(own.unet).bfloat16()), make_plan('ddim', steps)
+    own = packed(own)
     few, inner = max(1, round(.24*steps)), (7., (2., 4.5))
     def way(make, sampler='ddim', n=steps): # make(embeddings) -> eps_fn
         def draw():
@@ -156,12 +158,13 @@ def remedies(
                            progress=False)
         return draw
     def coarse(*how): return lambda emb: noise_predictor(low, emb.bfloat16(), *how)
-    return {'guidance at sigma 2 to 4.5 only': way(lambda emb: noise_predictor(own, emb, *inner)),
-            'feature cache, every third step in full':
+    return {'packed, guidance at sigma 2 to 4.5 only':
+                way(lambda emb: noise_predictor(own, emb, *inner)),
+            'packed, feature cache, every third step in full':
                 way(lambda emb: cached_predictor(own, emb, plan, 3)),
             'UNet in bfloat16': way(coarse()),
-            f'DPM-Solver++ in {few} steps': way(lambda emb: noise_predictor(own, emb), 'dpmpp_2m',
-                                                few),
+            f'packed, DPM-Solver++ in {few} steps': way(lambda emb: noise_predictor(own, emb),
+                                                        'dpmpp_2m', few),
             f'{few} steps, guidance at sigma 2 to 4.5, bfloat16': way(coarse(*inner), 'dpmpp_2m',
                                                                     few)}
 
@@ -185,7 +188,7 @@ def loop_alone(
     return draw
 
 def _students(steps, n): # name -> ratio of whole pictures, or of the loop alone
-    own, fast = load_sd(networks='own'), load_sd(networks='own', fast=True)
+    own, fast = packed(load_sd(networks='own')), packed(load_sd(networks='own', fast=True))
     small = replace(fast, vae=load_small())
     def whole(sd): return lambda: txt2img(sd, fox, seed=0, progress=False)
     def all_steps(): _draw(own, 'ddim', 1000)
@@ -200,14 +203,17 @@ def _students(steps, n): # name -> ratio of whole pictures, or of the loop alone
 # %% ../nbs/93_bench.ipynb #3f45b3e8
 def _warm(steps, n): # name -> ratio of whole pictures
     own, sd = load_sd(networks='own'), load_sd()
+    sooner = packed(own)
     rounds = alternate(dict(
         theirs=_theirs(steps),
         ours=lambda: _draw(own, 'ddim', steps), loop=lambda: _draw(sd, 'ddim', steps),
-        lms=lambda: _draw(own, 'lms', steps), seed=lambda: deep_dive_loop(sd, fox, steps),
+        packed=lambda: _draw(sooner, 'ddim', steps), lms=lambda: _draw(sooner, 'lms', steps),
+        seed=lambda: deep_dive_loop(sd, fox, steps),
         four=lambda: _draw(own, 'ddim', steps, [fox]*4)), n)
     return {'our loop and networks, against diffusers (DDIM)': ratio(rounds, 'theirs', 'ours'),
+            'the same, packed': ratio(rounds, 'theirs', 'packed'),
             "our loop around diffusers' networks": ratio(rounds, 'theirs', 'loop'),
-            "against the Deep Dive's loop (LMS)": ratio(rounds, 'seed', 'lms'),
+            "packed, against the Deep Dive's loop (LMS)": ratio(rounds, 'seed', 'lms'),
             'four prompts at once, per picture, against diffusers one by one':
                 tuple(4*r for r in ratio(rounds, 'theirs', 'four'))}
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from ..attention import _double
 from ..core import check_number, whole
 from ..denoiser import noise_predictor
 from ..sample import Plan
-from ..unet import UNet, _quick, time_features, versions
+from ..unet import Prepared, UNet, prepare, time_features
 
 # %% ../../nbs/54b_cache.ipynb #b796f5f4
 def shallow(
@@ -47,17 +48,18 @@ class FeatureCache:
     """A `UNet` that works out its deep floors at every so many steps only; for `predict_noise`
     (DeepCache: Ma et al. 2023)"""
     def __init__(self,
-        unet,        # A `UNet`
+        unet,        # A `UNet`, prepared or packed or as it is
         plan:Plan,   # The plan that samples: its timesteps say which step it is
         every:int=3, # Steps from one full answer to the next; 1: all are full
     ):
-        if not isinstance(unet, UNet):
+        if not isinstance(unet, (UNet, Prepared)):
             raise ValueError(f"expected our own UNet, got {type(unet).__name__}, whose floors "
                              "cannot be asked alone. load_sd(networks='own') gives it.")
-        self.unet, self.config = unet, unet.config
+        self.prepared = prepare(unet)
+        self.unet, self.config = self.prepared.unet, unet.config
         self.every = check_number(every, 'every', 1, read=whole)
         self.place = {float(t): i for i, t in enumerate(check_plan(plan).timesteps)}
-        self.words = self.quick = self.deep = self.seen = None
+        self.heard = self.quick = self.deep = None
         self.at = None    # number of the step that was asked last
 
     def parameters(self): return self.unet.parameters()    # `SD` asks for dtype and device
@@ -73,16 +75,15 @@ class FeatureCache:
     def keep(self, block, args): # what the last block of the way up is handed, without the skip
         self.deep = args[0][:, :-self.quick.conv_in.out_channels]
 
-    def listen(self, text_embeddings): # other words: nothing from before is of use
-        self.words, self.deep, self.quick = text_embeddings, None, _quick(self.unet)
+    def listen(self, ready): # other words or weights: nothing from before is of use
+        self.heard, self.deep, self.quick = ready, None, _double(ready)
         self.quick.up_blocks[-1].resnets[-1].register_forward_pre_hook(self.keep)
 
     def __call__(self, x_in, t, text_embeddings):
         if torch.is_grad_enabled(): return self.unet(x_in, t, text_embeddings)
-        seen, before = versions([text_embeddings, *self.unet.parameters()]), self.seen
-        self.seen = seen
-        if text_embeddings is not self.words or seen!=before: self.listen(text_embeddings)
         due, here = self.full(t), self.place[float(t)]
+        ready = self.prepared.ready(t, text_embeddings)
+        if ready is not self.heard: self.listen(ready)
         anew, self.at = self.at is None or here!=self.at+1, here     # else it is the next step
         if due or anew or self.deep is None: return self.quick(x_in, t, text_embeddings)
         return shallow(self.quick, x_in, t, text_embeddings, self.deep)
