@@ -2810,7 +2810,7 @@ def changed(folder, name, text): # pocket, by links, with one file of other cont
     for f in pocket_path().rglob('*'):
         to = folder/f.relative_to(pocket_path())
         to.parent.mkdir(parents=True, exist_ok=True)
-        if f.is_file() and str(f.relative_to(pocket_path()))!=name: os.symlink(f, to)
+        if f.is_file() and f.relative_to(pocket_path()).as_posix()!=name: os.symlink(f, to)
     (folder/name).write_text(text((pocket_path()/name).read_text(encoding='utf8')), encoding='utf8')
     return folder
 
@@ -5050,3 +5050,14 @@ def test_an_evaluation_asks_for_its_judge_first(tmp_path, monkeypatch):
     shutil.copytree(package/'checkpoint', tmp_path/'c', ignore=shutil.ignore_patterns('clip', 'fast'))
     monkeypatch.setattr(e, 'draw_all', lambda *args, **kw: 1/0)
     with pytest.raises(ValueError, match='with clip/'): e.evaluate(tmp_path/'c', n=e.few)
+
+def test_a_saved_bundle_keeps_its_steps_and_sampler(tmp_path):
+    from dataclasses import replace
+    from sdlearn import load_sd
+    from sdlearn.pipeline import plan_for
+    sd = replace(load_sd(networks='own'), num_inference_steps=7, sampler='ddim', guidance_scale=3.)
+    there = load_sd(sd.save(tmp_path/'mine'), networks='own')
+    assert (there.num_inference_steps, there.sampler, there.guidance_scale)==(7, 'ddim', 3.)
+    assert plan_for(there)==plan_for(sd)!=plan_for(load_sd(networks='own'))
+    import diffusers
+    diffusers.StableDiffusionPipeline.from_pretrained(tmp_path/'mine', use_safetensors=True)

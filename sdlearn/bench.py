@@ -120,21 +120,25 @@ p.scheduler = EulerDiscreteScheduler.from_config(p.scheduler.config)
 p('A picture of a fox', num_inference_steps={steps})
 """
 _report = r"""
-import pathlib, re, resource
+import pathlib, re
 s = pathlib.Path('/proc/self/status')      # on Linux ru_maxrss counts the parent too
-print(int(re.search(r'VmHWM:\s+(\d+)', s.read_text(encoding='utf8'))[1]) if s.exists()
-      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+def peak():
+    if s.exists(): return re.search(r'VmHWM:\s+(\d+)', s.read_text(encoding='utf8'))[1]
+    try: import resource
+    except ImportError: return 'nan'       # Windows keeps it elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak())
 """
 
 def cold(
     code:str, # A program
-)->tuple:     # (seconds, peak memory in MB)
+)->tuple:     # (seconds, peak memory in MB; nan on Windows)
     "Run a program in a new process"
     t = time.perf_counter()
     out = subprocess.run([sys.executable, '-c', code+_report], check=True,
                          capture_output=True, text=True)
     unit = 1024 if sys.platform!='darwin' else 2**20
-    return time.perf_counter()-t, int(out.stdout.split()[-1])/unit
+    return time.perf_counter()-t, float(out.stdout.split()[-1])/unit
 
 # %% ../nbs/93_bench.ipynb #a43fd6b4
 fox = 'A picture of a fox'

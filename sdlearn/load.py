@@ -219,6 +219,8 @@ def _load_file(file, networks): # one file of SD 1.x; the words are pocket's, wh
     return (_their_tokenizer(pocket_path()/'tokenizer'),
             *(fill(net, states[p], file.name) for p, net in zip(_ours, nets)))
 
+_liked = 'num_inference_steps', 'sampler'       # what a bundle takes where none are asked for
+
 def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
     if path.is_file(): return dict(schedule=replace(SD_V1, prediction_type=predicts(path)))
     said = read_json(path/'scheduler'/'scheduler_config.json')
@@ -228,6 +230,7 @@ def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
     scale = said.get('_guidance_scale', read_json(path/'pocket.json').get('guidance_scale', 7.5))
     notes = dict(guidance_scale=check_number(scale, 'a guidance_scale in the settings', 0),
                  schedule=read_schedule(said))
+    notes |= {k: said[f'_{k}'] for k in _liked if f'_{k}' in said}
     if '_student' not in said: return notes
     return notes|read_made(said['_student']).settings(notes['schedule'])
 
@@ -319,7 +322,8 @@ def _write_piece(net, piece, folder):
 def _write_notes(sd, folder): # the solver that was there, with the schedule as it is now
     before = read_json(sd.path/'scheduler'/'scheduler_config.json') if sd.path.is_dir() else {}
     said = {k: v for k, v in asdict(sd.schedule).items() if v is not None}
-    solver = (before or scheduler_config)|said|dict(_guidance_scale=sd.guidance_scale)
+    own = {f'_{k}': getattr(sd, k) for k in ('guidance_scale', *_liked)}
+    solver = (before or scheduler_config)|said|own
     if sd.folded is not None: solver |= dict(_student=_made(sd)._asdict())
     (folder/'scheduler').mkdir()
     _write_json(folder/'scheduler'/'scheduler_config.json', solver)
