@@ -5061,3 +5061,31 @@ def test_a_saved_bundle_keeps_its_steps_and_sampler(tmp_path):
     assert plan_for(there)==plan_for(sd)!=plan_for(load_sd(networks='own'))
     import diffusers
     diffusers.StableDiffusionPipeline.from_pretrained(tmp_path/'mine', use_safetensors=True)
+
+def test_python_ends_well_while_an_explorer_paints():
+    code = """
+import time, torch
+from sdlearn.explore import Painter
+def draw():
+    while True:
+        for _ in range(20): torch.randn(400, 400)@torch.randn(400, 400)
+        yield None
+many = [Painter(draw, lambda p: None, print, rest=0) for _ in range(4)]
+for p in many: p.ask()
+time.sleep(.3)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|{'PYTHONPATH': str(root)})
+    assert done.returncode==0 and not done.stderr, done.stderr      # it aborted: 134
+
+def test_words_are_mixed_before_they_are_read():
+    from sdlearn import load_sd
+    from sdlearn.explore import _one_text
+    from sdlearn.text import embed_prompts
+    sd = load_sd(networks='own')
+    ends = embed_prompts(sd.tokenizer, sd.text_encoder, ['a picture of a puppy', 'a picture of a cat'])
+    with torch.no_grad():
+        first, half, last = (_one_text(sd, 'a picture of a puppy', 'a picture of a cat', w) for w in (0, .5, 1))
+        assert_close(first, ends[0], rtol=1e-4, atol=1e-4)
+        assert_close(last, ends[1], rtol=1e-4, atol=1e-4)
+        assert (half-(first+last)/2).abs().max()>.05                # read as one text, not two texts in between
+        with pytest.raises(ValueError, match='as many tokens, got 2 and 3'): _one_text(sd, 'a cat', 'a big cat', .5)

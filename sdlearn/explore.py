@@ -7,11 +7,12 @@ __all__ = ['Painter', 'explorer', 'appearing', 'sketched', 'prompt', 'film', 'mi
            'latents']
 
 # %% ../nbs/70_explore.ipynb #74ad9c54
-import base64, io, threading
+import atexit, base64, io, threading, weakref
 from dataclasses import replace
 from functools import cache
 import numpy as np, torch
 from PIL import Image
+from torch.nn import functional as F
 from .attention import attention_maps, token_places, word_map
 from .configs import latent_side
 from .core import as_rgb, check_number, file_bytes, image_grid, images_to_tensor, whole
@@ -22,8 +23,9 @@ from .pipeline import check_inputs, denoise, native_size, plan_for, unseen_words
 from .pipeline import start_step as first_step
 from .sample import begins_late, make_plan, noise_from, sample, samplers as nine
 from .schedule import SD_V1, scale_input
-from .text import embed_prompts, mix as mixed
-from .tokenizer import all_ids, read_weights
+from .text import (add_positions, embed_prompts, first_end, get_output_embeds, get_token_embeds,
+                   mix as mixed)
+from .tokenizer import all_ids, read_weights, tokenize
 from .unet import versions
 from .vae import encode, latents_to_pil
 
@@ -42,6 +44,7 @@ class Painter:
         self.lock = threading.Lock()
         self.news = threading.Event()    # something else has been asked
         self.wanted = self.thread = None
+        _painters.add(self)
     def ask(self,
         **asked, # For `draw`
     ):
@@ -75,6 +78,15 @@ class Painter:
     ):
         "Wait until nothing is left to paint"
         if thread := self.thread: thread.join(seconds)
+
+_painters = weakref.WeakSet()
+
+@atexit.register
+def _put_down(): # Python must not end while torch calculates in a thread: it would abort
+    for painter in [*_painters]:
+        painter.wanted = None
+        painter.news.set()
+        painter.settle(10)
 
 # %% ../nbs/70_explore.ipynb #4e27ffe1
 def _png(image): return file_bytes(image, compress_level=1)
@@ -156,6 +168,31 @@ def _one_of(name, options, value=None):
     options = list(options)
     first = options[0] if value is None else value
     return w.Dropdown(options=options, value=first, description=name, **_layout())
+
+def _pressed(name, options, value): # all in sight, one of them pressed
+    import ipywidgets as w
+    return w.ToggleButtons(options=options, value=value, description=name,
+                           style=dict(description_width='6.5em', button_width='auto'))
+
+def _canvas(cells, brush, first): # a grid to click on; its value: (row, column, *brush()) in turn
+    import ipywidgets as w
+    from traitlets import Tuple
+    class Canvas(w.VBox):
+        value = Tuple(tuple(first))
+        def colour(self, greys): # (cells,cells), 0 black to 255
+            for button, g in zip(self.buttons, greys.flatten().tolist()):
+                button.style.button_color = f'#{int(g):02x}'+2*f'{int(g):02x}'
+    def cell(row, column):
+        place = w.Layout(width='28px', height='28px', margin='1px', padding='0')
+        button = w.Button(layout=place, tooltip=f'row {row+1}, column {column+1}')
+        button.on_click(lambda _: canvas.set_trait('value', (*canvas.value, (row, column, *brush()))))
+        return button
+    buttons = [[cell(i, j) for j in range(cells)] for i in range(cells)]
+    clear = w.Button(description='clear', layout=w.Layout(width='6em'))
+    canvas = Canvas([*map(w.HBox, buttons), clear], layout=w.Layout(margin='0 0 0 6.5em'))
+    canvas.buttons, canvas.clear = sum(buttons, []), clear
+    clear.on_click(lambda _: canvas.set_trait('value', ()))
+    return canvas
 
 # %% ../nbs/70_explore.ipynb #5df27d2d
 _rough = 4   # steps of a sketch
@@ -316,10 +353,11 @@ def mix(
     b:str='A picture of a cat',     # The other
     seed:int=32,                    # Of the noise
 ):
-    "From one prompt to another"
-    def draw(a, b, share, seed):
+    "From one prompt to another: mixed as the network hears them, or word by word before reading"
+    def draw(a, b, mixing, share, seed):
         (nothing, *both), note = _read(sd, '', a, b)
-        emb = torch.stack([nothing, mixed(*both, share)])
+        middle = mixed(*both, share) if mixing=='prompts' else _one_text(sd, a, b, share)
+        emb = torch.stack([nothing, middle])
         def pictures(sd, n, **where):
             return appearing(sd, noise_predictor(sd, emb, **where), [seed], n, sampler)
         note = _joined(note, '0 is one prompt, 1 the other')
@@ -327,8 +365,18 @@ def mix(
     _check(sd, [a, b], [seed])
     steps, sampler = _way(sd, 20)
     controls = dict(a=_words('one', a), b=_words('the other', b),
+                    mixing=_pressed('mix', ['prompts', 'words'], 'prompts'),
                     share=_real('share', .6, 0, 1, .05), seed=_seed(seed))
     return explorer(draw, controls, (256, 256), f'Between two prompts: {a}, and {b}')
+
+def _one_text(sd, a, b, share): # (77,D): a text whose words are between those of the two
+    ids = tokenize(sd.tokenizer, [read_weights(t)[0] for t in (a, b)])
+    n = (first_end(ids)-1).tolist()
+    if n[0]!=n[1]:
+        raise ValueError(f"expected two prompts of as many tokens, got {n[0]} and {n[1]}: each "
+                         "word is mixed with the one at its place")
+    words = mixed(*get_token_embeds(sd.text_encoder, ids.to(sd.device)), share)[None]
+    return get_output_embeds(sd.text_encoder, add_positions(sd.text_encoder, words))[0].to(sd.dtype)
 
 # %% ../nbs/70_explore.ipynb #2131f6a8
 def _brightened(image, bright): # (h,w) in 0..1: dark where it is 0
@@ -370,7 +418,7 @@ def words(
     plain = read_weights(text)[0].replace(',', ' ').replace('.', ' ')
     spoken = [*dict.fromkeys(plain.lower().split())]
     if not spoken: raise ValueError("expected a prompt with a word to look for, got none")
-    controls = dict(word=_one_of('word', spoken, spoken[-1]),
+    controls = dict(word=_pressed('word', spoken, spoken[-1]),
                     layer=_one_of('layer', [('all', 'all'), *_layers(sd.unet)], 'all'),
                     step=_whole('step', steps//2, 0, steps-1))
     return explorer(draw, controls, (512, 256), f'Where {spoken[-1]!r} is looked for: {text}')
@@ -501,27 +549,34 @@ def latents(
     text:str='A picture of a fox in the snow', # What is painted on
     seed:int=32,                           # Of its noise
 ):
-    "Paint on a channel, and see the picture"
+    "Paint on a channel, by clicking, and see the picture"
     _check(sd, [text], [seed])
     steps, sampler = _way(sd, 20)
+    side = native_size(sd)//8
+    size = max(1, side//8)  # of a field: eight of them across, or a few more
     @cache
     def drawn(): # its latents, and what there is to say
         (emb, note), plan = _read(sd, '', text), plan_for(sd, sampler, steps)
         start = _start(sd, plan, [seed])
         for step in denoise(plan, noise_predictor(sd, emb), *start, progress=False): pass
         return step.x_next, note
-    def draw(channel, row, column, size, amount):
+    def draw(channel, amount, painted):
         end, note = drawn()
         x = end.clone()
-        x[:, channel, row:row+size, column:column+size] += amount
+        for row, column, k, much in painted:
+            x[:, k, row*size:(row+1)*size, column*size:(column+1)*size] += much
         pair = _channel(x[0, channel], native_size(sd)), _picture(sd, x)
-        yield image_grid([*pair], rows=1), _joined(note, 'the channel; the picture')
-    last = native_size(sd)//8-1
-    controls = dict(channel=_one_of('channel', range(4)), row=_whole('row', 4, 0, last),
-                    column=_whole('column', 4, 0, last), size=_whole('size', 5, 1, last+1),
-                    amount=_real('amount', 2., -4, 4, .5))
+        canvas.colour(_greys(F.avg_pool2d(x[:, channel].float(), size, ceil_mode=True)))
+        yield image_grid([*pair], rows=1), _joined(note, 'the channel; the picture. Click on the '
+                                                         'fields to paint')
+    channel, amount = _one_of('channel', range(4)), _real('amount', 2., -4, 4, .5)
+    first = [(row, column, 0, 2.) for row in (2, 3) for column in (2, 3)]
+    canvas = _canvas(-(-side//size), lambda: (channel.value, amount.value), first)
+    controls = dict(channel=channel, amount=amount, painted=canvas)
     return explorer(draw, controls, (512, 256), f'A channel with a painted patch, decoded: {text}')
 
-def _channel(x, side): # (h,w) latents as a grey picture; -4 is black, 4 is white
-    grey = ((x.float().cpu()/8+.5).clamp(0, 1)*255).round().to(torch.uint8).numpy()
-    return Image.fromarray(grey).resize((side, side), Image.NEAREST).convert('RGB')
+def _greys(x): # -4 is black, 4 is white
+    return ((x.float().cpu()/8+.5).clamp(0, 1)*255).round().to(torch.uint8)
+
+def _channel(x, side): # (h,w) latents as a picture
+    return Image.fromarray(_greys(x).numpy()).resize((side, side), Image.NEAREST).convert('RGB')
