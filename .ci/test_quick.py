@@ -254,6 +254,19 @@ def test_notebooks_are_small_and_films_are_short():
         assert path.stat().st_size-sum(films)<300_000, path.name
         assert all(3*n/4<300_000 for n in films), path.name     # base64 takes four letters for three bytes
 
+def test_kept_pictures_fit_the_page():
+    # a column of text is some 800 pixels wide: what is wider is shown smaller, and small pictures cannot be seen
+    import base64, io
+    from PIL import Image
+    for path in notebooks:
+        for c in json.loads(path.read_text(encoding='utf8'))['cells']:
+            for o in c.get('outputs', ()):
+                for kind in ('image/png', 'image/jpeg', 'image/gif'):
+                    if kind not in o.get('data', {}): continue
+                    wide = Image.open(io.BytesIO(base64.b64decode(''.join(o['data'][kind])))).width
+                    wide = o['metadata'].get(kind, {}).get('width', wide)
+                    assert wide<=820, f"{path.name} {c['id']}: {wide} pixels"
+
 def test_no_lesson_keeps_a_failure():
     for path in notebooks:
         kept = [o['output_type'] for c in json.loads(path.read_text(encoding='utf8'))['cells'] for o in c.get('outputs', ())]
@@ -5089,3 +5102,64 @@ def test_words_are_mixed_before_they_are_read():
         assert_close(last, ends[1], rtol=1e-4, atol=1e-4)
         assert (half-(first+last)/2).abs().max()>.05                # read as one text, not two texts in between
         with pytest.raises(ValueError, match='as many tokens, got 2 and 3'): _one_text(sd, 'a cat', 'a big cat', .5)
+
+# ---------------------------------------------------------------- errors of the field
+
+def test_two_steps_in_one_turn_of_a_scheduler_are_no_way_to_see_x0():
+    import diffusers
+    from sdlearn.load import scheduler_config
+    from sdlearn.schedule import add_noise
+    kinds = ('LMSDiscrete', 'EulerDiscrete', 'HeunDiscrete', 'DPMSolverMultistep', 'UniPCMultistep', 'PNDM')
+    x0, noise = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    def end(kind, twice): # the notes call `step` a second time for its `pred_original_sample`
+        scheduler = getattr(diffusers, f'{kind}Scheduler').from_config(scheduler_config)
+        scheduler.set_timesteps(10)
+        x, asked = add_noise(x0, noise, sigma_at(scheduler.timesteps[0].item())), []
+        x = x/x.std()*float(scheduler.init_noise_sigma)
+        for t in scheduler.timesteps:
+            eps = scheduler.scale_model_input(x, t)*.1
+            if twice: scheduler.step(eps, t, x)
+            x = scheduler.step(eps, t, x).prev_sample
+        return x
+    stopped = []
+    for kind in kinds:
+        once = end(kind, False)
+        try: twice = end(kind, True)
+        except Exception: stopped.append(kind)                          # an error
+        else: assert not torch.allclose(twice, once, atol=1e-3), kind   # or, without a word, another picture
+    assert len(stopped)>=3, stopped
+
+def test_nothing_is_called_that_is_gone_from_the_libraries():
+    gone = ('decoder.get(', 'unet.in_channels', 'init_image', 'batch_encode_plus', '.text_model(', 'causal_attention_mask=',
+            'randint(0, 999', 'test_close', 'test_eq')
+    for path in package.rglob('*.py'):
+        text = path.read_text(encoding='utf8')
+        for name in gone: assert name not in text, f'{path.name} has {name}'
+
+traps = { # DESIGN.md's list of what goes wrong elsewhere -> where it is tested: here, in a lesson, or by `.ci/exercises`
+    1: ['test_text_encoder_equals_transformers'],
+    2: ['test_two_steps_in_one_turn_of_a_scheduler_are_no_way_to_see_x0'],
+    3: ['35_unet: test_trap_3_scaled', '34_schedule: test_unet_input_is_scaled'],
+    4: ['test_nothing_is_called_that_is_gone_from_the_libraries', '39_deep_dive: batch_encode_plus'],
+    5: ['34_schedule: test_every_timestep_is_trained', 'test_timesteps_spread_over_a_batch'],
+    6: ['36_guidance: trap_6_ends', 'test_guidance_leans_the_right_way'],
+    7: ['test_masks_are_black_or_white_and_the_start_is_counted_as_diffusers_does',
+        'test_strength_0_gives_the_picture_back_and_looks_at_everything'],
+    8: ['33_vae: test_trap_8_square_stays'],
+    9: ['test_package_stands_without_the_development_tools', 'test_modules_are_what_the_notebooks_export'],
+    10: ['test_nothing_is_called_that_is_gone_from_the_libraries'],
+    11: ['test_what_is_cut_is_said_in_a_line', 'test_a_prompt_that_just_fits_is_not_said_to_be_cut'],
+    12: ['33_vae: test_trap_12_overflow', 'test_a_decoder_that_overflows_is_asked_again_in_full'],
+    13: ['test_fresh_noise_goes_on_from_the_generator_of_the_start'],
+    14: ['test_what_we_do_not_know_is_refused_by_name', 'test_every_setting_of_a_network_is_obeyed_or_refused',
+         'test_a_vaes_own_scale_is_obeyed'],
+    15: ['test_pictures_are_taken_as_people_see_them', 'test_pixels_of_another_range_are_not_guessed_at'],
+    16: ['test_the_recipes_losses', 'test_the_autoencoders_loss', 'test_a_tenth_of_the_captions_is_empty', 'test_noise_loss'],
+    17: ['.ci/exercises']}
+
+def test_each_trap_has_its_test():
+    assert [*traps]==[*range(1, 18)]
+    for name in (n for names in traps.values() for n in names):
+        lesson, _, said = name.partition(': ')
+        if said: assert said in (root/'nbs'/f'{lesson}.ipynb').read_text(encoding='utf8'), name
+        else: assert name in globals() or (root/name).exists(), name
