@@ -6,7 +6,7 @@
 __all__ = ['attention_patterns', 'KeepMaps', 'attention_maps', 'token_places', 'word_map']
 
 # %% ../nbs/32_attention.ipynb #ed615efc
-import copy, math
+import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,10 +16,10 @@ from .tokenizer import read_weights, tokenize
 # %% ../nbs/32_attention.ipynb #869ca9c8
 def _double(net):
     "The same weights in other modules: what is hung on them, nobody else's call meets"
-    other = copy.copy(net)
-    other._modules = {k: m and _double(m) for k, m in net._modules.items()}
-    other._forward_hooks = net._forward_hooks.copy()
-    other._forward_pre_hooks = net._forward_pre_hooks.copy()
+    other = type(net).__new__(type(net))
+    vars(other).update(vars(net), _modules={k: m and _double(m) for k, m in net._modules.items()},
+                       _forward_hooks=net._forward_hooks.copy(),
+                       _forward_pre_hooks=net._forward_pre_hooks.copy())
     return other
 
 @torch.no_grad()
