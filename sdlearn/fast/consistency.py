@@ -31,6 +31,7 @@ def boundary(
     s = TIMESTEP_SCALING*t
     return SIGMA_DATA**2/(s**2+SIGMA_DATA**2), s/(s**2+SIGMA_DATA**2)**.5
 
+# %% ../../nbs/52_consistency.ipynb #32235c47
 def answer(
     x:Tensor,   # Noisy latents x0 + sigma*eps, (B,4,h,w)
     eps:Tensor, # The predicted noise, same shape
@@ -133,6 +134,11 @@ class Way:
         return ddim_step(x, eps, *(sigma_at(v, self.schedule) for v in (t, t_next)))
 
 # %% ../../nbs/52_consistency.ipynb #c5549d6e
+def _neighbours(stops, n, g): # n of the stops, and those below
+    k = torch.randint(len(stops)-1, (n,), generator=g)
+    return stops[k], stops[k+1]
+
+# %% ../../nbs/52_consistency.ipynb #66700f70
 def consistency_loss(
     # draw(generator) -> x0 (B,C,h,w), and what the network is told (2B,...), the
     # unconditional half first
@@ -159,10 +165,6 @@ def consistency_loss(
             with average.follow(net): target = way.answer(net, lower, t_next, cond)
         return pseudo_huber(way.answer(net, upper, t, cond), target)
     return loss
-
-def _neighbours(stops, n, g): # n of the stops, and those below
-    k = torch.randint(len(stops)-1, (n,), generator=g)
-    return stops[k], stops[k+1]
 
 # %% ../../nbs/52_consistency.ipynb #3f44a902
 def _batch(drawn, device): # checked, and where the network is
@@ -195,6 +197,7 @@ def lcm(
         yield step
         x = step.x_next
 
+# %% ../../nbs/52_consistency.ipynb #fbb543da
 def lcm_plan(
     num_inference_steps:int,     # How many, 1 to `original`
     original:int=50,             # Stops that were trained

@@ -50,6 +50,7 @@ def check_scales(
     if len(pair)==2 and None not in pair and 0<=pair[0]<pair[1]: return tuple(pair)
     raise ValueError(f"expected scales (least, most), e.g. (1., 8.), got {scales!r}")
 
+# %% ../../nbs/51_guided.ipynb #a0013f17
 class GuidedUNet(nn.Module):
     """A noise predictor that is told how much guidance (Meng et al. 2023, sec. 3.1),
     in the way of diffusers' `time_cond_proj_dim`"""
@@ -125,6 +126,7 @@ class Answers(NamedTuple):
     uncond:Tensor # (N,4,h,w)
     text:Tensor   # (N,4,h,w)
 
+# %% ../../nbs/51_guided.ipynb #48a0a64c
 @torch.no_grad()
 def teacher_answers(
     sd,                  # `SD` bundle, the teacher

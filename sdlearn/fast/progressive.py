@@ -33,6 +33,7 @@ def two_steps(
         x = ddim_step(x, eps, sigma, sigma_next)
     return x
 
+# %% ../../nbs/50_progressive.ipynb #32187b0e
 def one_step_target(
     x:Tensor,     # (B,...) where the step starts
     x_end:Tensor, # Where it shall end, same shape
@@ -69,6 +70,7 @@ def truncated_snr(
     "max(1/sigma^2, 1) (Salimans & Ho 2022, section 4)"
     return (1/sigma**2).clamp(min=1)
 
+# %% ../../nbs/50_progressive.ipynb #fc9d9226
 def error_weight(
     sigma:Tensor,        # (B,) noise levels, above 0
     kind:str='epsilon',  # What the network says: 'epsilon' or 'v_prediction'
@@ -87,6 +89,7 @@ class Task(NamedTuple):
     t:Tensor     # (B,) timestep
     cond:Tensor  # (B,...) what the student is told, or None
 
+# %% ../../nbs/50_progressive.ipynb #21e10bbf
 @torch.no_grad()
 def make_task(
     teacher:Callable, # teacher(x, sigma, t, cond) -> predicted noise
@@ -106,6 +109,7 @@ def make_task(
     target = one_step_target(x, x_end, sigmas[0], sigmas[2])
     return Task(target, (x-target)/sigma_like(sigmas[0], x), sigmas[0], ts[0], cond)
 
+# %% ../../nbs/50_progressive.ipynb #0ed5b579
 def halving_loss(
     draw:Callable,      # draw(generator) -> `Task`: new ones from `make_task`, or remembered ones
     ask:Callable,       # ask(network, x_in, sigma, t, cond) -> what the student says
@@ -153,6 +157,7 @@ def two_answers(
     t = torch.as_tensor(t, device=x_in.device).expand(len(x_in))
     return ask(network, torch.cat([x_in]*2), torch.cat([t]*2), told).chunk(2)
 
+# %% ../../nbs/50_progressive.ipynb #6dace51d
 def guided_answer(
     network,             # Whatever `ask` can ask
     x_in:Tensor,         # (B,...) noisy pictures or latents, scaled to std about 1
@@ -165,6 +170,7 @@ def guided_answer(
     if guidance_scale==1: return ask(network, x_in, t, told[len(x_in):])
     return cfg(*two_answers(network, x_in, t, told, ask), guidance_scale)
 
+# %% ../../nbs/50_progressive.ipynb #2faca4e9
 def guided_teacher(
     network,                 # Our UNet or diffusers', in any precision
     nothing:Tensor,          # (1,77,D) embedding of the empty prompt
