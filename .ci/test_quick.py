@@ -77,9 +77,11 @@ def stored(node):
 
 def loaded(node):
     "Names that it asks its notebook for"
-    mine = {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): mine |= {n for child in ast.walk(node) for n in stored(child) if child is not node}
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}-mine
+    if isinstance(node, ast.Name): return {node.id} if isinstance(node.ctx, ast.Load) else set()
+    asked = {n for child in ast.iter_child_nodes(node) for n in loaded(child)}
+    if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)): return asked
+    inner = [n for n in ast.walk(node) if n is not node]        # what it has by itself
+    return asked-{n.arg for n in inner if isinstance(n, ast.arg)}-{n for child in inner for n in stored(child)}
 
 def needs(names, functions):
     "Those, and what the functions among them need"
