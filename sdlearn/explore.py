@@ -123,13 +123,19 @@ def explorer(
     picture = w.Image(value=_png(Image.new('RGB', size, 'white')), format='png',
                       layout=w.Layout(width=width, height=height, object_fit='contain'))
     note = w.HTML(layout=w.Layout(min_height='1.5em', max_width='60em'))
-    box = Explorer([*controls.values(), picture, note])
+    # a page marks what has lost its kernel; the words are the page's, since Python is gone
+    lost = w.HTML(f'<style>{_lost}</style>', layout=w.Layout(display='none'))
+    box = Explorer([*controls.values(), picture, note, lost])
+    box.add_class('sdlearn-explorer')
     box.picture, box.note, box.controls = picture, note, controls
     box.painter = Painter(draw, lambda p: _shown(box, p), lambda e: _told(box, e))
     def follow(change=None): box.painter.ask(**{k: c.value for k, c in controls.items()})
     for control in controls.values(): control.observe(follow, 'value')
     follow()
     return box
+
+_lost = """.sdlearn-explorer.jupyter-widgets-disconnected::after {
+content: "The kernel was restarted: run this cell again."; font-weight: bold }"""
 
 def _shown(box, piece): # a picture, perhaps with words about it
     picture, words = piece if isinstance(piece, tuple) else (piece, '')
