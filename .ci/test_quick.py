@@ -5165,3 +5165,18 @@ def test_each_trap_has_its_test():
         lesson, _, said = name.partition(': ')
         if said: assert said in (root/'nbs'/f'{lesson}.ipynb').read_text(encoding='utf8'), name
         else: assert name in globals() or (root/name).exists(), name
+
+def test_explorers_see_a_lora_that_is_put_on_later():
+    from sdlearn import explore, load_sd
+    from sdlearn.adapt.lora import merge_lora
+    sd = load_sd(networks='own')
+    reel = explore.film(sd, steps=2)
+    def shown(step):
+        reel.controls['step'].value = step
+        reel.painter.settle()
+        return reel.picture.value
+    before = shown(0), shown(1)
+    undo = merge_lora(_some_lora(sd.unet, 1), unet=sd.unet)
+    assert shown(0)!=before[0]
+    undo()
+    assert (shown(1), shown(0))==before[::-1]

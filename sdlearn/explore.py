@@ -243,6 +243,17 @@ def _lighter(sd): # the small decoder instead, where it knows the latents
     if sd.path!=pocket_path(): return sd
     return replace(sd, vae=_small(sd.device, sd.dtype))
 
+def _fresh(sd): # what is worked out once, and anew when somebody has put a LoRA on
+    def keep(make):
+        last = []
+        def get():
+            nets = sd.unet, sd.text_encoder
+            now = versions(p for net in nets for p in net.parameters())
+            if not last or last[0]!=now: last[:] = now, make()
+            return last[1]
+        return get
+    return keep
+
 def _picture(sd, latents): # one picture, or several in a row
     return image_grid(latents_to_pil(latents.to(sd.dtype), sd.vae), rows=1)
 
@@ -335,7 +346,7 @@ def film(
     _check(sd, [text], [seed], steps)
     steps, sampler = _way(sd, steps, sampler)
     plan = plan_for(sd, sampler, steps)
-    @cache
+    @_fresh(sd)
     def recorded():
         emb, note = _read(sd, '', text)
         start = _start(sd, plan, [seed])
@@ -407,7 +418,7 @@ def words(
     "Which places of the picture ask which word"
     _check(sd, [text], [seed], steps)
     steps, sampler = _way(sd, steps)
-    @cache
+    @_fresh(sd)
     def recorded(): # the maps of every step, the picture, and what there is to say
         emb, note = _read(sd, '', text)
         plan, kept = plan_for(sd, sampler, steps), []
@@ -560,7 +571,7 @@ def latents(
     steps, sampler = _way(sd, 20)
     side = native_size(sd)//8
     size = max(1, side//8)  # of a field: eight of them across, or a few more
-    @cache
+    @_fresh(sd)
     def drawn(): # its latents, and what there is to say
         (emb, note), plan = _read(sd, '', text), plan_for(sd, sampler, steps)
         start = _start(sd, plan, [seed])
