@@ -305,6 +305,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sdlearn.explore._check': ('explore.html#_check', 'sdlearn/explore.py'),
                                  'sdlearn.explore._dots': ('explore.html#_dots', 'sdlearn/explore.py'),
                                  'sdlearn.explore._escaped': ('explore.html#_escaped', 'sdlearn/explore.py'),
+                                 'sdlearn.explore._fresh': ('explore.html#_fresh', 'sdlearn/explore.py'),
                                  'sdlearn.explore._greys': ('explore.html#_greys', 'sdlearn/explore.py'),
                                  'sdlearn.explore._has_kernel': ('explore.html#_has_kernel', 'sdlearn/explore.py'),
                                  'sdlearn.explore._joined': ('explore.html#_joined', 'sdlearn/explore.py'),
