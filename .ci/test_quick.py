@@ -1,5 +1,5 @@
 "Checks in seconds, no training: structure, tiny networks, samplers, schedules, the recipe's losses"
-import ast, builtins, configparser, importlib, importlib.util, itertools, json, math, os, re, shutil, subprocess, sys
+import ast, builtins, configparser, copy, importlib, importlib.util, io, itertools, json, math, multiprocessing, os, pickle, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch.testing import assert_close
@@ -5180,3 +5180,95 @@ def test_explorers_see_a_lora_that_is_put_on_later():
     assert shown(0)!=before[0]
     undo()
     assert (shown(1), shown(0))==before[::-1]
+
+def test_words_that_older_transformers_added_are_read(tmp_path):
+    from sdlearn.folders import pocket_path
+    from sdlearn.tokenizer import Tokenizer
+    for name in ('vocab.json', 'merges.txt'): shutil.copyfile(pocket_path()/'tokenizer'/name, tmp_path/name)
+    (tmp_path/'tokenizer_config.json').write_text('{"model_max_length": 77}')
+    (tmp_path/'added_tokens.json').write_text('{"<cat-toy>": 49408}')
+    assert Tokenizer.from_folder(tmp_path).encode('a <cat-toy>')==[49406, 320, 49408, 49407]
+
+def test_torchs_default_device_matters_to_nobody():
+    from sdlearn import load_sd, txt2img
+    from sdlearn.adapt.inversion import spread_timesteps
+    from sdlearn.schedule import _known, random_timesteps
+    how = dict(num_inference_steps=1, seed=1, height=32, width=32, progress=False)
+    before = txt2img(load_sd(networks='own'), 'a (red:1.3) fox', **how)[0]
+    _known.cache_clear()
+    torch.set_default_device('meta')        # as 'cuda' does, it refuses what lies elsewhere
+    try:
+        assert txt2img(load_sd(networks='own'), 'a (red:1.3) fox', **how)[0]==before
+        g = torch.Generator().manual_seed(0)
+        assert {random_timesteps(3, g).device.type, spread_timesteps(3, g).device.type}=={'cpu'}
+    finally: torch.set_default_device(None)
+
+def test_a_bundle_is_whole_when_loaded_in_inference_mode():
+    from sdlearn import load_sd
+    with torch.inference_mode(): sd = load_sd(networks='own', fast=True)
+    assert not any(p.is_inference() for p in sd.unet.parameters())
+
+def test_a_training_without_gradients_says_so():
+    from sdlearn.train import fit
+    net = torch.nn.Linear(1, 1)
+    with torch.no_grad(), pytest.raises(ValueError, match='gradients.*no_grad'):
+        fit(net, lambda net, g: net(torch.ones(1)).sum(), 1, progress=False)
+
+def test_what_goes_into_another_process_is_pickled_or_refused_in_a_sentence():
+    from sdlearn import load_sd
+    from sdlearn.adapt.inversion import with_words
+    from sdlearn.sample import make_plan, samplers
+    for name in samplers:
+        plan = pickle.loads(pickle.dumps(make_plan(name, 5)))
+        assert plan==make_plan(name, 5) and plan.calls==make_plan(name, 5).calls
+    sd = load_sd(networks='own')
+    words = with_words(sd.tokenizer, ['<x>', '<x>_1'])
+    assert pickle.loads(pickle.dumps(words)).encode('a <x>')==words.encode('a <x>')
+    sd.undo.append(lambda: None)
+    with pytest.raises(ValueError, match='unload'): pickle.dumps(sd)
+    assert not copy.copy(sd).undo           # takes nothing off the first one
+
+def test_a_program_without_a_console_draws(monkeypatch):
+    from sdlearn import load_sd, txt2img
+    monkeypatch.setattr(sys, 'stderr', None)
+    txt2img(load_sd(networks='own'), 'a fox', num_inference_steps=1, height=32, width=32, seed=1)
+
+def test_names_of_files_in_the_command(tmp_path, monkeypatch, capsys):
+    from sdlearn import cli
+    monkeypatch.setenv('HOME', str(tmp_path))
+    Image.new('RGB', (64, 64)).save(tmp_path/'a.png')
+    asked = cli.parse(['x', '--image=~/a.png', '--gif=~/film.gif', '-o', '~/b.png'])
+    assert asked.image==str(tmp_path/'a.png') and asked.gif==str(tmp_path/'film.gif')
+    for end, word in (('xbm', 'colour'), ('palm', 'colour'), ('blp', 'colour')):
+        with pytest.raises(ValueError, match=word): cli.writable(tmp_path/f'a.{end}')
+    with pytest.raises(ValueError, match='.gif, .webp'): # one list of ends, not two that exclude each other
+        cli._check(cli.parse(['x', '--gif', str(tmp_path/'f.xyz'), '-o', str(tmp_path/'b.png')]))
+    cli.save_picture(Image.new('RGB', (8, 8)), tmp_path/'c.png', dict(prompt='x', lora=['gone.safetensors']))
+    with pytest.raises(ValueError, match='--lora'): cli.parse(['--again', str(tmp_path/'c.png')])
+
+def test_noise_levels_that_would_be_misread_are_refused():
+    from sdlearn.schedule import read_schedule
+    base = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')
+    for more in (dict(use_lu_lambdas=True), dict(lambda_min_clipped=-2.), dict(timestep_type='continuous')):
+        with pytest.raises(ValueError, match=[*more][0]): read_schedule(base|more)
+    read_schedule(base|dict(use_lu_lambdas=False, lambda_min_clipped=-float('inf'), timestep_type='discrete'))
+
+def test_a_scheduler_with_continuous_timesteps_keeps_them():
+    from diffusers import EulerDiscreteScheduler
+    from dataclasses import replace
+    from sdlearn.sample import make_plan
+    from sdlearn.schedule import SD_V1
+    theirs = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear',
+                                    timestep_type='continuous', prediction_type='v_prediction')
+    plan = make_plan(theirs, 5, replace(SD_V1, prediction_type='v_prediction'))
+    theirs.set_timesteps(5)
+    assert plan.timesteps==theirs.timesteps.tolist()
+
+def test_a_killed_save_with_our_number_is_no_obstacle(tmp_path):
+    from sdlearn import load_sd
+    (tmp_path/f'.c.{os.getpid()}'/'unet').mkdir(parents=True)    # in a container numbers come again
+    load_sd(networks='own').save(tmp_path/'c')
+
+def test_a_benchmark_of_too_many_steps_is_refused(capsys):
+    from sdlearn import bench
+    with pytest.raises(SystemExit): bench.main(['--steps', '2000', '-n', '1'])

@@ -111,7 +111,7 @@ def word_map(
     two = isinstance(size, (tuple, list)) and len(size)==2
     if not two or not all((whole(n) or 0)>0 for n in size):
         raise ValueError(f"expected a size (height, width) in pixels, got {size!r}")
-    out = torch.zeros(size)
+    out = torch.zeros(size, device='cpu')
     for m in maps.values():
         h = _height(m.shape[2], size)
         small = m[row, :, :, places].float().mean((0, 2)).reshape(1, 1, h, -1).cpu()

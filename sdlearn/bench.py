@@ -244,7 +244,8 @@ def main(argv=None):
     p.add_argument('--steps', type=int, default=50)
     p.add_argument('-n', type=int, default=5)
     a = p.parse_args(argv)
-    if a.steps<1 or a.n<1: p.error(f'expected 1 or more of both, got {a.steps} steps, {a.n} rounds')
+    if not 1<=a.steps<=1000 or a.n<1:
+        p.error(f'expected 1 to 1000 steps and 1 round or more, got {a.steps} and {a.n}')
     print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, '
           f'{torch.get_num_threads()} threads, torch {torch.__version__}, {a.steps} steps, '
           f'{a.n} rounds: median (quartiles)')

@@ -60,11 +60,11 @@ _names = dict(prompt='prompt', negative_prompt='negative', num_inference_steps='
 
 _are_names = 'output', 'gif', 'image', 'mask', 'again', 'model', 'device', 'sampler'
 
-def _lies(name, path): # where a file lies whose name a picture remembers: beside it, or here
+def _lies(name, path, k): # where a file lies whose name a picture remembers: beside it, or here
     places = [Path(path).parent/name, Path(name)]
     if found := next((str(p) for p in places if p.is_file()), None): return found
     raise ValueError(f"expected {name!r} beside {Path(path).name}, which was drawn from it. "
-                     "Give it with --image or --mask.")
+                     f"Give it with --{k}.")
 
 def _scaled(text): # 'FILE:0.8' -> the file and 0.8
     from sdlearn.core import real
@@ -73,9 +73,9 @@ def _scaled(text): # 'FILE:0.8' -> the file and 0.8
     except ValueError: scale = None
     return (file, scale) if colon and scale is not None else (text, 1.)
 
-def _lies_scaled(text, path):
+def _lies_scaled(text, path, k):
     file, scale = _scaled(text)
-    return _lies(file, path)+(f':{scale:g}' if file!=text else '')
+    return _lies(file, path, k)+(f':{scale:g}' if file!=text else '')
 
 def _check_said(said, path): # a picture from elsewhere may say anything
     from sdlearn.core import real, whole
@@ -94,9 +94,9 @@ def _as_before(path, given): # options out of a picture, without those that are 
     left = {'steps', 'sampler', 'guidance'} if 'fast' in given else set() # a student has its own
     said = {k: v for k, v in said.items() if k not in {*given}|left}
     _check_said(said, path)
-    for k in {'image', 'mask'}&said.keys(): said[k] = _lies(said[k], path)
+    for k in {'image', 'mask'}&said.keys(): said[k] = _lies(said[k], path, k)
     for k in {'word', 'lora'}&said.keys():
-        said[k] = [_lies_scaled(v, path) for v in _each(k, said[k])]
+        said[k] = [_lies_scaled(v, path, k) for v in _each(k, said[k])]
     if 'n' in said: said['grid'] = True
     if said.get('model')=='pocket': said.pop('model')
     if 'model' in said and '/' not in said['model']:
@@ -112,6 +112,7 @@ def parse(
     names = {k: v for k, v in given.items() if isinstance(v, str) and k in _are_names}
     if odd := [k for k, v in names.items() if not v or '\0' in v]:
         raise ValueError(f"expected a name behind --{odd[0]}, got {names[odd[0]]!r}")
+    given |= {k: os.path.expanduser(v) for k, v in names.items()}   # --gif=~/film.gif: no shell did
     before = _as_before(given['again'], given) if 'again' in given else {}
     return argparse.Namespace(**_usual|before|given)
 
@@ -141,11 +142,26 @@ def _try_to_write(path): # and leave things as they were
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(13, 'Permission denied')
 
-def writable(
-    path,      # A file to be written
-)->Path:       # The same
-    "Find out before the work whether a picture can be written there"
+def _takes_colours(path): # some kinds of files hold black and white alone, or need a program
+    import io
+    from PIL import Image
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    try: Image.new('RGB', (8, 8)).save(io.BytesIO(), kind)
+    except Exception: return False
+    return True
+
+def _picture_name(path):
     path = check_name(path)
+    if _takes_colours(path): return path
+    raise ValueError("expected an output file that ends in .png, .jpg, .webp or .gif, got "
+                     f"{str(path)!r}, a kind that cannot be written in colour here")
+
+def writable(
+    path,                # A file to be written
+    named=_picture_name, # named(path) -> the same, or an error about how it ends
+)->Path:                 # The same
+    "Find out before the work whether a picture can be written there"
+    path = named(path)
     if os.path.isdir(path) or not os.path.isdir(path.parent):
         raise ValueError(f"expected a file in a folder that exists, got {str(path)!r}. "
                          "Make the folder first.")
@@ -156,9 +172,16 @@ def writable(
     return path
 
 # %% ../nbs/92_cli.ipynb #c2916486
+def _film_name(path):
+    from importlib.util import find_spec
+    path = Path(path)
+    if path.suffix.lower() not in ('.gif', '.webp', '.mp4'):
+        raise ValueError(f"expected --gif to end in .gif, .webp or .mp4, got {str(path)!r}")
+    if path.suffix.lower()!='.mp4' or find_spec('imageio_ffmpeg'): return path
+    raise ValueError("expected --gif to end in .gif or .webp where imageio-ffmpeg is not "
+                     f"installed, got {str(path)!r}: pip install imageio-ffmpeg")
+
 def _check_film(files, gif):
-    if gif.suffix.lower() not in ('.gif', '.webp', '.mp4'):
-        raise ValueError(f"expected --gif to end in .gif, .webp or .mp4, got {str(gif)!r}")
     if os.path.realpath(gif) in map(os.path.realpath, files):
         raise ValueError(f"expected another file for the film, got {str(gif)!r}, a picture's")
 
@@ -211,7 +234,7 @@ def _check(args): # before any work, and say where to write
     if len(files)>1 and (there := [f.name for f in files if f.exists()]):
         raise ValueError("expected numbered files that do not exist yet, found "
                          f"{', '.join(there[:9])}. Choose another name with -o.")
-    if args.gif: _check_film(files, writable(args.gif))
+    if args.gif: _check_film(files, writable(args.gif, _film_name))
     return files
 
 def _numbered(file, n):
@@ -335,6 +358,7 @@ def learn_parser()->argparse.ArgumentParser:
 def _pictures_in(folder): # those that can be read, by name
     from PIL import Image
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    folder = os.path.expanduser(folder)
     if not Path(folder).is_dir(): raise ValueError(f"expected a folder of pictures, got {folder!r}")
     files = [f for f in sorted(Path(folder).iterdir()) if f.suffix.lower() in kinds]
     if files: return [_open(str(f)) for f in files]

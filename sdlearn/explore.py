@@ -512,7 +512,7 @@ def guidance(
                     f'{len(seeds)} seeds, without and with guidance: {text}')
 
 # %% ../nbs/70_explore.ipynb #bd0d16cc
-_points = torch.tensor([[-1.2, -.8], [1.2, -.6], [0., 1.1]])
+_points = torch.tensor([[-1.2, -.8], [1.2, -.6], [0., 1.1]], device='cpu')
 
 def _toy(x, sigma, t): # the noise in x, when pictures are one of three points
     near = (-(x[:, None]-_points).square().sum(-1)/(2*sigma**2)).softmax(-1)
@@ -536,8 +536,9 @@ _noisiest_first = replace(SD_V1, timestep_spacing='trailing')   # also when step
 def _dots(seed, sampler, steps): # every step on the way, of forty dots
     plan = make_plan(sampler, steps, _noisiest_first)
     g = torch.Generator().manual_seed(seed)
-    def fresh(x): return torch.randn(x.shape, generator=g)
-    return [*sample(plan, _toy, plan.start(torch.randn(40, 2, generator=g)), fresh)]
+    def fresh(x): return torch.randn(x.shape, generator=g, device='cpu')
+    start = plan.start(torch.randn(40, 2, generator=g, device='cpu'))
+    return [*sample(plan, _toy, start, fresh)]
 
 def samplers(
     seed:int=0, # Of the dots

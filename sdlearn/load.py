@@ -134,11 +134,17 @@ class SD:
         # diffusers' own `to` warns about every dtype
         for net in (self.text_encoder, self.vae, self.unet): nn.Module.to(net, *where, **named)
         return self
-    def __deepcopy__(self, memo):
+    def _check_bare(self): # before its numbers go elsewhere
         if self.undo:
             raise ValueError("expected a bundle to copy on which nothing was put, got one with "
                              f"{len(self.undo)} LoRAs or words, which only the original could take "
                              "back. Call unload() first, or load a second one.")
+    def __getstate__(self): # of a pickle, e.g. on its way into another process
+        self._check_bare()
+        return vars(self)
+    def __copy__(self): return replace(self)    # the same networks; takes nothing off them
+    def __deepcopy__(self, memo):
+        self._check_bare()
         parts = 'tokenizer', 'text_encoder', 'vae', 'unet'
         return replace(self, **{k: copy.deepcopy(getattr(self, k), memo) for k in parts})
     def load_lora(self,
@@ -252,6 +258,7 @@ def _check_words(tokenizer, text_encoder): # an id for each would be beyond the 
     raise ValueError(f"expected at most {rows} tokens, one for each row of the text encoder, got "
                      f"a tokenizer of {len(tokenizer)}. The two are not of one checkpoint.")
 
+@torch.inference_mode(False)     # else its weights could never learn, nor take a LoRA
 def load_sd(
     # None: pocket, the small one in this package. A folder, a .safetensors file,
     # or a hub name such as "CompVis/stable-diffusion-v1-4"
@@ -273,7 +280,7 @@ def load_sd(
     path = find_checkpoint(name, variant).absolute()   # also from another working folder
     notes = _read_notes(path)
     load = _load_ours if networks=='own' else _load_theirs
-    with _one_by_one:
+    with _one_by_one, torch.device('cpu'):  # whatever torch's default
         tokenizer, *nets = _load_file(path, networks) if path.is_file() else load(path, variant)
     tokenizer = with_words(check_tokenizer(tokenizer))
     _check_words(tokenizer, nets[0])
@@ -378,6 +385,7 @@ def save_sd(
                          "Choose another name.")
     part = folder.with_name(f'.{folder.name}.{os.getpid()}')
     try:
+        shutil.rmtree(part, ignore_errors=True)     # of a killed one, which had our number
         part.mkdir(parents=True)
         for piece in _ours: _write_piece(getattr(sd, piece), piece, part)
         _write_notes(sd, part)

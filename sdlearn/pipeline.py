@@ -7,7 +7,7 @@ __all__ = ['check_inputs', 'unseen_words', 'encode_prompt', 'denoise', 'txt2img'
            'start_step', 'img2img', 'inpaint', 'as_mask', 'step_panel', 'noise_predictor']
 
 # %% ../nbs/38_pipeline.ipynb #b6794d7b
-import random, warnings
+import random, sys, warnings
 import numpy as np, torch
 from PIL import Image
 from torch.nn import functional as F
@@ -99,7 +99,8 @@ def denoise(
     "The one loop, with a progress bar over the model calls"
     from tqdm.auto import tqdm
     steps = sample(plan, eps_fn, x, noise_fn)
-    yield from tqdm(steps, total=plan.calls, disable=not progress, leave=False)
+    shown = progress and sys.stderr is not None     # a program without a console has none
+    yield from tqdm(steps, total=plan.calls, disable=not shown, leave=False)
 
 # %% ../nbs/38_pipeline.ipynb #249ba180
 def _warn_unseen(sd, prompts):

@@ -29,7 +29,7 @@ def _sigmas_of(scheduler)->list:
     if s is not None and len(s)==len(ts)+1: return s.tolist()
     train = ((1-scheduler.alphas_cumprod)/scheduler.alphas_cumprod)**.5
     a = float(getattr(scheduler, 'final_alpha_cumprod', 1.))
-    at_calls = np.interp(ts.cpu().numpy(), np.arange(len(train)), train.numpy())
+    at_calls = np.interp(ts.cpu().numpy(), np.arange(len(train)), train.cpu().numpy())
     return [*at_calls.tolist(), ((1-a)/a)**.5]
 
 # %% ../nbs/37b_schedulers.ipynb #d8cb78a5
@@ -64,8 +64,8 @@ def read_scheduler(
     check_scheduler(scheduler, schedule)
     n = check_steps(num_inference_steps, schedule)
     scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(n)          # before: 'continuous' timesteps look at what is predicted
     scheduler.register_to_config(prediction_type='epsilon')    # that is what `eps_fn` gives it
-    scheduler.set_timesteps(n)
     k, calls = scheduler.order, len(scheduler.timesteps)
     sigmas = _sigmas_of(scheduler)
     if not (sigmas[0]>sigmas[-2] or len(sigmas)==2 and sigmas[0]>1):   # two: a single step

@@ -7,7 +7,7 @@ __all__ = ['batch_rng', 'save_state', 'load_state', 'check_mark', 'saver', 'one_
            'learning', 'TrainStep', 'put', 'train_steps', 'processes', 'fingerprint', 'fit', 'averaged_weights']
 
 # %% ../nbs/91_train.ipynb #08907efe
-import dis, hashlib, math, pickle, re, struct, time
+import dis, hashlib, math, pickle, re, struct, sys, time
 from dataclasses import dataclass, fields, is_dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -212,6 +212,10 @@ def train_steps(
     state:dict=None,      # From a step's `state()`: go on there
 ):                        # Generator of `TrainStep`
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
+    if not torch.is_grad_enabled():
+        raise ValueError("expected gradients to be on where something is trained, got them off. "
+                         "Train outside torch.no_grad() and torch.inference_mode(), or call "
+                         "torch.set_grad_enabled(True).")
     params, here = _named(params), processes()
     n, seed, lr = _check_training(n, seed, lr, mixed_precision)
     if real(ema) is None or not 0<=ema<1:
@@ -391,7 +395,7 @@ def fit(
         if state: put(dict(model.named_buffers()), state['buffers'])
         stream = train_steps(partial(loss_fn, model), params, steps, seed, state=state, **settings)
         bar = tqdm(stream, initial=len(losses), total=steps,
-                   disable=not (progress and here.is_main_process))
+                   disable=not (progress and here.is_main_process and sys.stderr))
         save = saver(mine, save_every)
         def now(): # asked for when it is time to save, not at every step
             return step.state()|dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()))

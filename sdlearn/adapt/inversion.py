@@ -33,6 +33,20 @@ class _Spoken:
         return super().encode(_spread(text, self.new_words), *args, **how)
     def __call__(self, texts, *args, **how):
         return super().__call__(_spread(texts, self.new_words), *args, **how)
+    def __reduce_ex__(self, protocol): # its class is made anew where it is read
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _blank, (_plain(type(self)), self.new_words), *rest
+
+def _plain(kind): # the tokenizer's class without this
+    return next(c for c in kind.__mro__ if not issubclass(c, _Spoken))
+
+def _spoken(plain, words): # of the library of the plain one: diffusers notes its name
+    mixin = _Spoken if issubclass(plain, Tokenizer) else _SpokenTheirs
+    return type(plain.__name__, (mixin, plain), dict(new_words=words, __module__=plain.__module__))
+
+def _blank(plain, words): # what `pickle` fills
+    kind = _spoken(plain, words)
+    return kind.__new__(kind)
 
 class _SpokenTheirs(_Spoken):
     @property
@@ -90,12 +104,7 @@ def with_words(
         raise ValueError(f"expected new words, each once, got {odd[0]!r}")
     if not names and not new_words(tokenizer): return tokenizer
     new = _longer(tokenizer, names)
-    words = [*new_words(new)]
-    plain = next(c for c in type(new).__mro__ if not issubclass(c, _Spoken))
-    mixin = _Spoken if isinstance(new, Tokenizer) else _SpokenTheirs
-    # of the library of the plain one: diffusers writes its name into model_index.json
-    whose = dict(new_words=words, __module__=plain.__module__)
-    new.__class__ = type(plain.__name__, (mixin, plain), whose)
+    new.__class__ = _spoken(_plain(type(new)), [*new_words(new)])
     return new
 
 # %% ../../nbs/40_inversion.ipynb #d277cdd0
@@ -133,7 +142,8 @@ def spread_timesteps(
 )->Tensor:           # (n,) int64; the first from the lowest nth part, and so on
     "Timesteps to learn a word on, each as likely as any other, but never all early or all late"
     n, lowest = check_number(n, 'n', 1, read=whole), check_number(lowest, 'lowest', 0, 1)
-    share = lowest+(1-lowest)*(torch.arange(n)+torch.rand(n, generator=generator))/n
+    places = torch.arange(n, device='cpu')+torch.rand(n, generator=generator, device='cpu')
+    share = lowest+(1-lowest)*places/n
     last = schedule.num_train_timesteps-1
     return (share*schedule.num_train_timesteps).long().clamp(max=last).to(device)
 
@@ -289,7 +299,8 @@ def word_loss(
     # not `sd` itself: where it lies and how it draws make no other training
     text_encoder, unet, schedule = sd.text_encoder, sd.unet, sd.schedule
     def loss_fn(word, generator):
-        i, j = (torch.randint(n, (batch,), generator=generator) for n in ids.shape[:2])
+        i, j = (torch.randint(n, (batch,), generator=generator, device='cpu')
+                for n in ids.shape[:2])
         t = spread_timesteps(batch, generator, latents.device, schedule)
         words = word_states(text_encoder, ids[i, j], word.rows.to(latents.device))
         def predict(x_in, sigma, cond):

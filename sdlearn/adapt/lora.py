@@ -8,7 +8,7 @@ __all__ = ['attention_names', 'LowRank', 'full_change', 'all_layers', 'lora_laye
            'save_lora', 'read_lora', 'read_note']
 
 # %% ../../nbs/41_lora.ipynb #1da9499d
-import json, re, warnings
+import json, math, re, warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +182,10 @@ def draw_batch(
     network,           # Where it is, the batch goes
 )->tuple:              # x0, cond, noise, t
     "Some of the pictures with their captions, and for each a timestep and its noise"
-    i = torch.randint(len(latents), (bs,), generator=generator)
+    here = dict(generator=generator, device='cpu')      # whatever torch's default
+    i = torch.randint(len(latents), (bs,), **here)
     t = random_timesteps(bs, generator, schedule=schedule)
-    noise = torch.randn((bs, *latents.shape[1:]), generator=generator)
+    noise = torch.randn((bs, *latents.shape[1:]), **here)
     device = next(network.parameters()).device
     return tuple(v.to(device) for v in (latents[i].float(), words[i], noise, t))
 
@@ -293,7 +294,7 @@ def _table(networks): # place -> name and layer
             for name, layer in all_layers(net).items()}
 
 def _finite(p):
-    return all(torch.isfinite(torch.as_tensor(v)).all() for v in (p.down, p.up, p.alpha))
+    return math.isfinite(p.alpha) and all(bool(v.isfinite().all()) for v in (p.down, p.up))
 
 def _misfit(pair, layer): # in words; nothing when it fits
     w, down, up = layer.weight, pair.down, pair.up
