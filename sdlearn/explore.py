@@ -23,8 +23,8 @@ from .pipeline import check_inputs, denoise, native_size, plan_for, unseen_words
 from .pipeline import start_step as first_step
 from .sample import begins_late, make_plan, noise_from, sample, samplers as nine
 from .schedule import SD_V1, scale_input
-from .text import (add_positions, embed_prompts, first_end, get_output_embeds, get_token_embeds,
-                   mix as mixed)
+from .text import add_positions, embed_prompts, first_end, get_output_embeds
+from .text import get_token_embeds, mix as mixed
 from .tokenizer import all_ids, read_weights, tokenize
 from .unet import versions
 from .vae import encode, latents_to_pil
