@@ -193,6 +193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sdlearn.bench._draw': ('bench.html#_draw', 'sdlearn/bench.py'),
                                'sdlearn.bench._remedies': ('bench.html#_remedies', 'sdlearn/bench.py'),
                                'sdlearn.bench._students': ('bench.html#_students', 'sdlearn/bench.py'),
+                               'sdlearn.bench._their_loop': ('bench.html#_their_loop', 'sdlearn/bench.py'),
                                'sdlearn.bench._theirs': ('bench.html#_theirs', 'sdlearn/bench.py'),
                                'sdlearn.bench._warm': ('bench.html#_warm', 'sdlearn/bench.py'),
                                'sdlearn.bench.alternate': ('bench.html#alternate', 'sdlearn/bench.py'),

@@ -191,13 +191,15 @@ def _canvas(cells, brush, first): # a grid to click on; its value: (row, column,
     def cell(row, column):
         place = w.Layout(width='28px', height='28px', margin='1px', padding='0')
         button = w.Button(layout=place, tooltip=f'row {row+1}, column {column+1}')
-        button.on_click(lambda _: canvas.set_trait('value', (*canvas.value, (row, column, *brush()))))
+        def paint(_): canvas.value = *canvas.value, (row, column, *brush())
+        button.on_click(paint)
         return button
     buttons = [[cell(i, j) for j in range(cells)] for i in range(cells)]
     clear = w.Button(description='clear', layout=w.Layout(width='6em'))
     canvas = Canvas([*map(w.HBox, buttons), clear], layout=w.Layout(margin='0 0 0 6.5em'))
     canvas.buttons, canvas.clear = sum(buttons, []), clear
-    clear.on_click(lambda _: canvas.set_trait('value', ()))
+    def wipe(_): canvas.value = ()
+    clear.on_click(wipe)
     return canvas
 
 # %% ../nbs/70_explore.ipynb #5df27d2d
