@@ -402,7 +402,9 @@ def main(
         print(f'sdlearn: {e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('sdlearn: stopped; what is named above is finished', file=sys.stderr)
+        left = ('the same command goes on where it last saved, which it does every minute'
+                if argv[:1]==['learn'] else 'what is named above is finished')
+        print(f'sdlearn: stopped; {left}', file=sys.stderr)
         return 130
     except RuntimeError as e:
         if 'out of memory' not in str(e): raise

@@ -338,7 +338,8 @@ def learn_word(
 )->tuple:             # ((vectors,D) the word, loss of every step)
     "A new word from a few pictures (Gal et al. 2022); `save_word` and `sd.load_word` do the rest"
     _check_lesson(pictures, captions)
-    check_number(vectors, 'vectors', 1, read=whole)
+    most = sd.tokenizer.model_max_length-2      # a prompt has a start and an end, too
+    check_number(vectors, 'vectors', 1, most, whole)
     check_token(sd.tokenizer, token)
     start = start_rows(sd, start_word, vectors)
     latents = encoded(sd, pictures)
