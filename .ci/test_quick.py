@@ -3380,6 +3380,8 @@ def test_a_packed_unet_is_the_plain_one_and_follows_its_weights(monkeypatch):
     again = speed.packed(replace(sd, unet=unet)).unet
     assert again.unet is net and dict(again.named_parameters()).keys()==dict(net.named_parameters()).keys()
     with pytest.raises(ValueError, match='expected our own UNet, got FeatureCache'): speed.packed(replace(sd, unet=cache))
+    for odd in (None, net):
+        with pytest.raises(ValueError, match='what load_sd gives'): speed.packed(odd)
     monkeypatch.setattr(speed, '_private', ('_gone',))
     with pytest.warns(UserWarning, match='nothing gets faster'): slow = speed.packed(sd).unet
     same(slow, x, 500, words)

@@ -47,6 +47,7 @@ def packed(
     sd,  # `SD` bundle with our own networks
 )->SD:   # The same networks, drawing sooner on a CPU: for `txt2img` and all that samples
     "The same pictures to the fifth digit, from the same weights, kept in the order of the CPU"
+    if not isinstance(sd, SD): raise ValueError(f"expected what load_sd gives, got {sd!r:.99}")
     unet = sd.unet.unet if isinstance(sd.unet, Prepared) else sd.unet
     if not isinstance(unet, UNet):
         raise ValueError(f"expected our own UNet, got {type(unet).__name__}, whose layers are "
