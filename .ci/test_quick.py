@@ -1,5 +1,7 @@
 "Checks in seconds, no training: structure, tiny networks, samplers, schedules, the recipe's losses"
 import ast, builtins, configparser, copy, importlib, importlib.util, io, itertools, json, math, multiprocessing, os, pickle, re, shutil, subprocess, sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from torch.testing import assert_close
@@ -437,9 +439,16 @@ def test_a_prepared_unet_is_the_plain_one_for_any_words():
                                  cross_attention_dim=12, attention_head_dim=2, in_channels=4, out_channels=4,
                                  down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
                                  up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))))
+    for p in plain.parameters(): p.mul_(3)          # or every place would look everywhere alike
     quick, x = prepare(plain), torch.randn(2, 4, 8, 8)
     for words in torch.randn(2, 2, 7, 12):
-        for t in (900, 3): assert_close(quick(x, t, words), plain(x, t, words), rtol=1e-4, atol=1e-4)
+        for t in (900, 3): assert_close(quick(x, t, words), plain(x, t, words), rtol=1e-3, atol=1e-3)
+    with torch.enable_grad():                       # every weight gets its gradient
+        for p in plain.parameters(): p.requires_grad_(True)
+        quick(x, 3, words).square().mean().backward()
+    assert all(p.grad is not None for p in plain.parameters())
+    plain.mid_block.resnets[0].conv1 = torch.nn.Conv2d(16, 16, 3, padding=1)
+    assert_close(quick(x, 3, words), plain(x, 3, words), rtol=1e-3, atol=1e-3)      # another layer, the same t
 
 # ---------------------------------------------------------------- schedules and samplers
 
@@ -3371,7 +3380,11 @@ def test_a_packed_unet_is_the_plain_one_and_follows_its_weights(monkeypatch):
     same(unet, x, 400, words)
     assert unet.kept is not kept                                # other weights: packed anew
     for side in (2, 4, 6, 8, 10, 12): same(unet, torch.randn(2, 4, side, side), 500, words)
-    assert all(len(m.kept)<=4 for m in layers)
+    layers = [m for m in unet.quick.modules() if hasattr(m, 'kept')]
+    assert all(len(m.kept)<=4 for m in layers) and (not speed.can_pack() or any(len(m.kept)>1 for m in layers))
+    net.double()
+    same(unet, x.double(), 500, words.double())                 # not packed, and right
+    net.float()
     plan = make_plan('ddim', 5)
     cache, plain = FeatureCache(unet, plan, 2), FeatureCache(net, plan, 2)
     with torch.no_grad():
@@ -4701,13 +4714,19 @@ def test_a_watch_sees_what_is_written_exchanged_and_hung_on():
                    lambda: hooks.pop().remove(), lambda: words.add_(1), net.half, net.float):
         change()
         assert changed()==(True, False), change
-    for _ in range(20):     # words that come and go, often where others have been
+    hook = layer.register_forward_hook(lambda *args: None)
+    watch.changed(words)
+    for _ in range(20):     # hooks that come and go, often where others have been
+        hook.remove()
+        hook = layer.register_forward_hook(lambda *args: None)
+        assert changed()==(True, False)
+    for _ in range(20):     # words, too
         words = torch.zeros(1, 77, 128)
         assert changed()==(True, False)
 
 def test_hooks_and_layers_of_ones_own_are_asked_when_it_draws():
     from sdlearn import load_sd
-    from sdlearn.unet import prepare
+    from sdlearn.unet import Attention, prepare
     unet, called = load_sd(networks='own').unet, []
     attention = next(m for n, m in unet.named_modules() if n.endswith('attn1'))
     hook = attention.to_q.register_forward_hook(lambda *args: called.append(1))
@@ -4715,10 +4734,18 @@ def test_hooks_and_layers_of_ones_own_are_asked_when_it_draws():
     with torch.no_grad(): plain = prepare(unet)(*asked)
     hook.remove()
     assert called==[1]
+    hook = attention.to_q.register_forward_pre_hook(lambda *args: called.append(2))
+    with torch.no_grad(): prepare(unet)(*asked)
+    hook.remove()
+    assert called==[1, 2]
     class Mine(torch.nn.Linear):
         def forward(self, x): return super().forward(x)+1
     attention.to_v.__class__ = Mine
     with torch.no_grad(): assert (prepare(unet)(*asked)-plain).abs().max()>1e-3
+    class Own(Attention):
+        def forward(self, x, context=None): return super().forward(x, context)+1
+    attention.__class__ = Own
+    with torch.no_grad(): assert_close(prepare(unet)(*asked), unet(*asked), rtol=1e-3, atol=1e-3)
 
 def test_a_student_is_one_once_and_draws_by_its_own_rule(tmp_path):
     import diffusers
@@ -5105,6 +5132,7 @@ def test_words_are_mixed_before_they_are_read():
         assert_close(first, ends[0], rtol=1e-4, atol=1e-4)
         assert_close(last, ends[1], rtol=1e-4, atol=1e-4)
         assert (half-(first+last)/2).abs().max()>.05                # read as one text, not two texts in between
+        assert torch.equal(_one_text(sd, 'a (picture:1.3) of a puppy', 'a picture of a cat', .5), half)
         with pytest.raises(ValueError, match='as many tokens, got 2 and 3'): _one_text(sd, 'a cat', 'a big cat', .5)
 
 # ---------------------------------------------------------------- errors of the field
@@ -5182,6 +5210,19 @@ def test_explorers_see_a_lora_that_is_put_on_later():
     assert shown(0)!=before[0]
     undo()
     assert (shown(1), shown(0))==before[::-1]
+    with torch.no_grad(): next(sd.text_encoder.parameters()).mul_(1.1)
+    assert shown(1)!=before[1]                      # the words are another's, too
+
+def test_a_canvas_writes_down_what_its_brush_is_now():
+    from sdlearn import explore
+    brush = [2, -1.]
+    canvas = explore._canvas(3, lambda: brush, [(0, 0, 1, 2.)])
+    canvas.buttons[5].click()                       # of three rows, the second; its last place
+    brush[:] = 3, .5
+    canvas.buttons[6].click()
+    assert canvas.value==((0, 0, 1, 2.), (1, 2, 2, -1.), (2, 0, 3, .5))
+    canvas.clear.click()
+    assert canvas.value==()
 
 def test_words_that_older_transformers_added_are_read(tmp_path):
     from sdlearn.folders import pocket_path
@@ -5274,3 +5315,210 @@ def test_a_killed_save_with_our_number_is_no_obstacle(tmp_path):
 def test_a_benchmark_of_too_many_steps_is_refused(capsys):
     from sdlearn import bench
     with pytest.raises(SystemExit): bench.main(['--steps', '2000', '-n', '1'])
+
+def _asked():
+    "pocket in our own networks, latents and words"
+    from sdlearn import load_sd
+    from sdlearn.text import embed_prompts
+    sd = load_sd(networks='own')
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return sd, x, embed_prompts(sd.tokenizer, sd.text_encoder, ['a cat', 'a fox'])
+
+def test_a_training_is_noticed_whose_optimizer_leaves_no_trace():
+    from sdlearn.train import train_steps
+    from sdlearn.adapt.lora import Pair, lora_layers, merge_lora
+    from sdlearn.fast.speed import packed
+    from sdlearn.unet import prepare
+    sd, x, words = _asked()
+    pairs = {f'unet.{k}': Pair(torch.ones(4, m.in_features)*.01, torch.ones(m.out_features, 4)*.01, 4.)
+             for k, m in lora_layers(sd.unet).items()}
+    undo = merge_lora(pairs, unet=sd.unet)
+    nets = packed(sd).unet, prepare(sd.unet)
+    with torch.no_grad():
+        for net in nets: net(x, 5, words)
+    sd.unet.requires_grad_(True)
+    def loss(g): return sd.unet(x, 5, words).square().mean()
+    for step in train_steps(loss, sd.unet, 1, 0, lr=1e-3, warmup=0): pass
+    with torch.no_grad():
+        for net in nets: assert_close(net(x, 5, words), sd.unet(x, 5, words), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match='trained, after it'): undo()   # would undo the training
+
+def test_two_threads_draw_with_one_packed_network():
+    from sdlearn.fast.speed import packed
+    from sdlearn.text import embed_prompts
+    sd, x, _ = _asked()
+    unet, plain = packed(sd).unet, sd.unet
+    texts = [embed_prompts(sd.tokenizer, sd.text_encoder, [t]*2) for t in ('a fox', 'a red house')]
+    wrong, turns = [], [threading.Event(), threading.Event()]
+    class Slow(type(unet)): # lets the other thread in before it hands its network out
+        def make(self):
+            made, me = super().make(), int(threading.current_thread().name)
+            turns[me].set()
+            turns[1-me].wait(1)
+            return made
+    unet = Slow(plain)
+    @torch.no_grad()
+    def draw():
+        words = texts[int(threading.current_thread().name)]
+        for t in (900, 700, 500): wrong.append((unet(x, t, words)-plain(x, t, words)).abs().max().item())
+    both = [threading.Thread(target=draw, name=str(i)) for i in range(2)]
+    for thread in both: thread.start()
+    for thread in both: thread.join()
+    assert len(wrong)==6 and max(wrong)<1e-3
+
+def test_a_packed_weight_is_looked_for_once():
+    from sdlearn.fast.speed import _kept
+    memo, done = {i: i+1 for i in range(4)}, []
+    def order(): # another thread clears what is kept meanwhile
+        done.append(memo.clear())
+        return 5
+    assert _kept(memo, 9, order)==5 and memo=={9: 5}
+    memo = {i: i+1 for i in range(5)}       # two threads put theirs in at once
+    assert _kept(memo, 9, lambda: 6)==6 and memo=={9: 6}
+
+def test_seamless_pictures_are_seamless_when_packed():
+    from sdlearn.fast.speed import packed
+    sd, x, words = _asked()
+    for m in sd.unet.modules():
+        if isinstance(m, torch.nn.Conv2d): m.padding_mode = 'circular'
+    with torch.no_grad(): assert_close(packed(sd).unet(x, 5, words), sd.unet(x, 5, words), rtol=1e-3, atol=1e-3)
+
+def test_autocast_and_what_is_remembered():
+    from sdlearn.fast.speed import packed
+    from sdlearn.unet import prepare
+    sd, x, words = _asked()
+    for net in (prepare(sd.unet), packed(sd).unet):
+        for on in (False, True, False):
+            with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16, enabled=on):
+                assert_close(net(x, 5, words), sd.unet(x, 5, words), rtol=1e-3, atol=1e-3)
+
+def test_a_layer_with_a_forward_of_its_own_is_asked():
+    from sdlearn.unet import prepare
+    sd, x, words = _asked()
+    layer = sd.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v
+    def louder(x, plain=layer.forward): return 3*plain(x)       # as kohya's LoRAs are put on
+    layer.forward = louder
+    with torch.no_grad(): assert_close(prepare(sd.unet)(x, 5, words), sd.unet(x, 5, words), rtol=1e-3, atol=1e-3)
+
+def test_words_and_weights_of_inference_mode_may_change():
+    from sdlearn.fast.speed import packed
+    from sdlearn.unet import prepare
+    sd, x, words = _asked()
+    with torch.inference_mode():
+        words, mine = words.clone(), copy.deepcopy(sd)
+        nets = prepare(sd.unet), packed(mine).unet
+        for net in nets: net(x, 9, words)
+        words.mul_(.3)
+        for p in mine.unet.parameters(): p.mul_(.9)
+        for net in nets: assert_close(net(x, 5, words), net.unet(x, 5, words), rtol=1e-3, atol=1e-3)
+
+def test_a_lora_on_weights_of_inference_mode():
+    from sdlearn.adapt.lora import Pair, lora_layers, merge_lora
+    sd, *_ = _asked()
+    pairs = {f'unet.{k}': Pair(torch.ones(4, m.in_features), torch.ones(m.out_features, 4), 4.)
+             for k, m in lora_layers(sd.unet).items()}
+    with torch.inference_mode():
+        unet = copy.deepcopy(sd.unet)
+        merge_lora(pairs, unet=unet)()
+        for p, q in zip(unet.parameters(), sd.unet.parameters()): assert torch.equal(p, q)
+
+def test_a_packed_network_is_trained_as_the_plain_one(tmp_path):
+    from sdlearn.adapt.lora import learn_lora, lora_loss
+    from sdlearn.fast.speed import packed
+    from sdlearn.train import fingerprint
+    sd, x, words = _asked()
+    unet = packed(sd).unet
+    pairs = [learn_lora(net, lora_loss(x, words, 2), 2, progress=False) for net in (sd.unet, unet)]
+    for k, pair in pairs[0].items(): assert torch.equal(pair.up, pairs[1][k].up)
+    before = fingerprint([unet])
+    assert before==fingerprint([sd.unet])
+    with torch.no_grad(): sd.unet.conv_in.weight.mul_(2)
+    assert fingerprint([unet])!=before      # or a run would go on from another network
+
+def test_a_packed_network_with_low_rank_layers_is_not_saved(tmp_path):
+    from sdlearn.adapt.lora import put_lora
+    from sdlearn.fast.speed import packed
+    sd, *_ = _asked()
+    sd = packed(sd)
+    put_lora(sd.unet)
+    with pytest.raises(ValueError, match='LowRank'): sd.save(tmp_path/'c')
+
+def test_a_part_of_a_packed_network_is_exchanged():
+    from sdlearn.fast.speed import packed
+    sd, x, words = _asked()
+    unet = packed(sd).unet
+    with torch.no_grad():
+        unet(x, 5, words)
+        unet.conv_out = copy.deepcopy(unet.conv_out)
+        unet.conv_out.weight.mul_(0)
+        assert sd.unet.conv_out is unet.conv_out
+        assert_close(unet(x, 5, words), sd.unet(x, 5, words), rtol=1e-3, atol=1e-3)
+
+def test_a_packed_network_is_exported():
+    from sdlearn.fast import export
+    from sdlearn.fast.speed import packed
+    sd, *_ = _asked()
+    assert export.parts(packed(sd))['unet'][0].net is sd.unet
+
+def test_a_feature_cache_takes_a_timestep_for_each_picture():
+    from sdlearn.fast.cache import FeatureCache
+    from sdlearn.pipeline import plan_for
+    sd, x, words = _asked()
+    plan = plan_for(sd, 'ddim', 4)
+    cache, t = FeatureCache(sd.unet, plan, 2), plan.timesteps[0]
+    with torch.no_grad():
+        assert_close(cache(x, torch.tensor([t, t]), words), sd.unet(x, t, words), rtol=1e-3, atol=1e-3)
+        with pytest.raises(ValueError, match='of the plan'): cache(x, torch.tensor([t, 3]), words)
+
+def test_settings_of_numpy_are_saved_and_read_others_refused(tmp_path):
+    from diffusers import DDIMScheduler
+    from sdlearn import load_sd
+    sd, *_ = _asked()
+    import numpy as np
+    mine = replace(sd, num_inference_steps=np.int64(5), guidance_scale=np.float32(3), sampler='euler')
+    again = load_sd(mine.save(tmp_path/'a'), networks='own')
+    assert (again.num_inference_steps, again.guidance_scale, again.sampler)==(5, 3., 'euler')
+    for odd in (dict(sampler=DDIMScheduler()), dict(num_inference_steps='many')):
+        with pytest.raises(ValueError, match='in the settings'): replace(sd, **odd).save(tmp_path/'b')
+    file = tmp_path/'a'/'scheduler'/'scheduler_config.json'
+    file.write_text(file.read_text().replace('"euler"', '"eular"'))
+    with pytest.raises(ValueError, match='in the settings'): load_sd(tmp_path/'a', networks='own')
+
+def test_explorers_see_another_decoder_and_name_odd_sides():
+    from sdlearn import explore
+    sd, *_ = _asked()
+    one = explore.words(sd, 'a fox', steps=1)
+    one.painter.settle()
+    before = one.picture.value
+    with torch.no_grad(): sd.vae.post_quant_conv.weight.mul_(.3)
+    one.controls['layer'].value = [v for _, v in one.controls['layer'].options][1]
+    one.painter.settle()
+    two = explore.words(sd, 'a fox', steps=1)
+    two.controls['layer'].value = one.controls['layer'].value
+    two.painter.settle()
+    assert one.picture.value==two.picture.value!=before
+    sd.unet.config.sample_size = 15         # 15, 8, 4: as the network halves
+    assert 'middle, 4x4' in dict(explore._layers(sd.unet))
+
+def test_a_bundle_without_the_table_of_its_words_is_not_saved(tmp_path):
+    from sdlearn.adapt.inversion import save_word
+    sd, *_ = _asked()
+    sd.load_word(save_word(tmp_path/'w.safetensors', '<x>', torch.randn(2, 128)))
+    other = replace(sd)
+    sd.unload()         # takes its rows out of the table of both
+    with pytest.raises(ValueError, match='at most 49408 tokens'): other.save(tmp_path/'c')
+
+def test_the_scale_of_a_low_rank_layer_and_a_new_forward_are_noticed():
+    from sdlearn.adapt.lora import put_lora
+    from sdlearn.fast.speed import packed
+    from sdlearn.unet import prepare
+    sd, x, words = _asked()
+    nets, low = (prepare(sd.unet), packed(sd).unet), put_lora(sd.unet)
+    mid = sd.unet.mid_block
+    with torch.no_grad():
+        for m in low.values(): m.up.weight.fill_(.01)
+        for net in nets: net(x, 5, words)
+        for m in low.values(): m.scale = 0.
+        for net in nets: assert_close(net(x, 5, words), sd.unet(x, 5, words), rtol=1e-3, atol=1e-3)
+        mid.forward = lambda *asked, plain=mid.forward: 2*plain(*asked)
+        for net in nets: assert_close(net(x, 5, words), sd.unet(x, 5, words), rtol=1e-3, atol=1e-3)

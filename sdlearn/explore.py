@@ -249,7 +249,7 @@ def _fresh(sd): # what is worked out once, and anew when somebody has put a LoRA
     def keep(make):
         last = []
         def get():
-            nets = sd.unet, sd.text_encoder
+            nets = sd.unet, sd.text_encoder, sd.vae
             now = versions(p for net in nets for p in net.parameters())
             if not last or last[0]!=now: last[:] = now, make()
             return last[1]
@@ -403,7 +403,8 @@ def _brightened(image, bright): # (h,w) in 0..1: dark where it is 0
     return Image.fromarray(a.round().astype('uint8'))
 
 def _layers(unet): # ('down 1.2, 16x16', name) of each layer that looks at words
-    sides = [latent_side(unet.config)>>i for i in range(len(unet.config.block_out_channels))]
+    side, floors = latent_side(unet.config), range(len(unet.config.block_out_channels))
+    sides = [-(-side>>i) for i in floors]  # halved as the network does, upwards
     for name in [k for k, _ in unet.named_modules() if k.endswith('attn2')]:
         way = name.split('_')[0]
         i, *j = (int(n) for n in name.split('.') if n.isdigit())
@@ -501,7 +502,8 @@ def guidance(
         def row(sd, n, scale=scale, **where):
             eps_fn = predictor(sd, emb, scale, **where)
             return appearing(sd, eps_fn, seeds, n, sampler, every=8)
-        now = prompt, versions(sd.unet.parameters()), emb.float().cpu().numpy().tobytes()
+        nets = versions(p for net in (sd.unet, sd.vae) for p in net.parameters())
+        now = prompt, nets, emb.float().cpu().numpy().tobytes()
         if not above or above[0]!=now:
             for plain in row(sd, steps, 1.): pass
             above[:] = now, plain

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from .adapt.inversion import add_words, read_words, with_words, write_words
 from .configs import latent_side, sd_v1
-from .core import as_path, check_number, seeded, write_text
+from .core import as_path, check_number, plain, seeded, whole, write_text
 from .folders import (check_folder, find_checkpoint, pieces, pocket_path, predicts,
                              read_arrays, read_json, split_file, weights_file, weights_files,
                              write_weights)
+from .sample import samplers
 from .schedule import SD_V1, Schedule, read_schedule
 from .tokenizer import Tokenizer, check_tokenizer
 from .text import TextEncoder, flat_keys, nested_keys
@@ -227,6 +228,14 @@ def _load_file(file, networks): # one file of SD 1.x; the words are pocket's, wh
 
 _liked = 'num_inference_steps', 'sampler'       # what a bundle takes where none are asked for
 
+def _check_liked(said): # what is written into a checkpoint, or stands in it
+    check_number(said.get('guidance_scale', 1), 'a guidance_scale in the settings', 0)
+    check_number(said.get('num_inference_steps', 1), 'num_inference_steps in the settings', 1, 1000,
+                 whole)
+    if (name := said.get('sampler', 'euler')) in [*samplers]: return said
+    raise ValueError(f"expected a sampler in the settings out of {', '.join(samplers)}, got "
+                     f"{name!r:.200}. A scheduler goes to the call that draws: sampler=...")
+
 def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
     if path.is_file(): return dict(schedule=replace(SD_V1, prediction_type=predicts(path)))
     said = read_json(path/'scheduler'/'scheduler_config.json')
@@ -236,7 +245,7 @@ def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
     scale = said.get('_guidance_scale', read_json(path/'pocket.json').get('guidance_scale', 7.5))
     notes = dict(guidance_scale=check_number(scale, 'a guidance_scale in the settings', 0),
                  schedule=read_schedule(said))
-    notes |= {k: said[f'_{k}'] for k in _liked if f'_{k}' in said}
+    notes |= _check_liked({k: said[f'_{k}'] for k in _liked if f'_{k}' in said})
     if '_student' not in said: return notes
     return notes|read_made(said['_student']).settings(notes['schedule'])
 
@@ -329,13 +338,15 @@ def _write_piece(net, piece, folder):
 def _write_notes(sd, folder): # the solver that was there, with the schedule as it is now
     before = read_json(sd.path/'scheduler'/'scheduler_config.json') if sd.path.is_dir() else {}
     said = {k: v for k, v in asdict(sd.schedule).items() if v is not None}
-    own = {f'_{k}': getattr(sd, k) for k in ('guidance_scale', *_liked)}
-    solver = (before or scheduler_config)|said|own
+    solver = (before or scheduler_config)|said|{f'_{k}': v for k, v in _own(sd).items()}
     if sd.folded is not None: solver |= dict(_student=_made(sd)._asdict())
     (folder/'scheduler').mkdir()
     _write_json(folder/'scheduler'/'scheduler_config.json', solver)
     _write_json(folder/'model_index.json',
                 model_index|dict(scheduler=['diffusers', solver['_class_name']]))
+
+def _own(sd): # what it recommends, as Python's numbers
+    return {k: plain(getattr(sd, k)) for k in ('guidance_scale', *_liked)}
 
 def _made(sd): # what a student was made for
     return Made(sd.num_inference_steps, sd.sampler, sd.schedule.timestep_spacing, sd.folded)
@@ -362,7 +373,7 @@ def _check_home(sd): # the vocabulary is copied from there
 def _check_pieces(sd): # the small decoder and exported networks have files of their own
     for piece, usual in _classes.items():
         net, name = getattr(sd, piece), usual.get('_class_name')
-        if isinstance(net, nn.Module) and any(isinstance(m, LowRank) for m in net.modules()):
+        if any(isinstance(m, LowRank) for m in getattr(net, 'modules', list)()):
             raise ValueError(f"expected weights alone, got a {piece} with LowRank layers beside "
                              "them, which no checkpoint has. save_lora(lora_pairs(...)) keeps "
                              "them; take_lora(network) takes them off.")
@@ -378,6 +389,8 @@ def save_sd(
 )->Path:     # The folder
     "Write a checkpoint whole or not at all, in diffusers' layout, without a path of this machine"
     _check_pieces(sd)
+    _check_liked(_own(sd))
+    if sd.tokenizer is not None: _check_words(sd.tokenizer, sd.text_encoder)
     _check_home(sd)
     folder = Path(os.path.realpath(as_path(folder, 'a folder')))    # where a link leads
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):

@@ -18,6 +18,7 @@ from typing import Callable
 import numpy as np, torch
 from PIL import Image
 from torch import nn
+from torch.autograd.graph import increment_version
 from .core import as_folder, as_path, check_number, plain, real, seeded, whole, whole_file
 
 # %% ../nbs/91_train.ipynb #3d06d697
@@ -128,7 +129,7 @@ def trained(
     model:nn.Module, # Any; parts of it may be frozen
 )->dict:             # name -> parameter, only those that are trained
     "What a training changes, averages and saves: on a LoRA that is little"
-    if not isinstance(model, nn.Module):
+    if isinstance(model, type) or not hasattr(model, 'named_parameters'):
         raise ValueError(f"expected a model (an nn.Module), got {model!r}")
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     if params: return params
@@ -193,6 +194,7 @@ def _update(loss, params, opt, scaler):
     # fp16 skips a step whose scaled gradient overflows
     fine = not lost and (bool(torch.isfinite(size)) or scaler.is_enabled())
     if fine: scaler.step(opt)
+    for p in params: increment_version(p)   # a fused step leaves no trace where it writes
     scaler.update()
     opt.zero_grad()
     return fine and _finite(params)
@@ -323,9 +325,9 @@ def _parts(x): # what an object is made of; None: nothing that could be told apa
     if isinstance(x, FunctionType): return [_code_mark(x.__code__), _held(x)]
     if isinstance(x, (set, frozenset)): return sorted(map(repr, x))
     if isinstance(x, Image.Image): return [x.mode, np.asarray(x)]
-    if isinstance(x, nn.Module):    # what learns is not its own data
-        return {k: p for k, p in x.named_parameters() if not p.requires_grad}
     if isinstance(x, type): return None
+    if hasattr(x, 'named_parameters'):  # a network, packed or not; what learns is not its own data
+        return {k: p for k, p in x.named_parameters() if not p.requires_grad}
     if is_dataclass(x): return {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
     if type(x).__module__ in ('__main__', 'types'): # of your own class, or a SimpleNamespace
         does = [f for f in vars(type(x)).values() if isinstance(f, FunctionType)]

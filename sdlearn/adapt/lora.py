@@ -265,15 +265,18 @@ def merge_lora(
     weights = {k: layer.weight for k, layer in layers.items()}
     before = {k: w.detach().clone() for k, w in weights.items()}
     for k, w in weights.items(): w.copy_(w.float()+size*pairs[k].change(w))
-    after = {k: (w._version, w.dtype, fingerprint(w)) for k, w in weights.items()}
+    after = {k: (_count(w), w.dtype, fingerprint(w)) for k, w in weights.items()}
     @torch.no_grad()
     def undo():
         for k, w in weights.items(): _check_untouched(k, w, *after[k])
         for k, w in weights.items(): w.copy_(before[k])
     return undo
 
+def _count(weight): # of its changes; one of inference mode counts none: not the same as any
+    return math.nan if weight.is_inference() else weight._version
+
 def _check_untouched(name, weight, version, dtype, mark): # since the LoRA was put on
-    if weight._version==version or weight.dtype!=dtype or fingerprint(weight)==mark: return
+    if _count(weight)==version or weight.dtype!=dtype or fingerprint(weight)==mark: return
     raise ValueError(f"expected {name} as this LoRA left it, got other numbers: something was put "
                      "on, or trained, after it. Take that off first; the last goes first.")
 

@@ -68,8 +68,12 @@ class FeatureCache:
         t,      # Timestep
     )->bool:    # Is the whole network asked at this step?
         "Steps 0, every, 2*every, ..."
-        if float(t) in self.place: return self.place[float(t)]%self.every==0
-        raise ValueError(f"expected a timestep of the plan, got {float(t)}. "
+        return self.step(t)%self.every==0
+
+    def step(self, t): # its number; all pictures of a batch are at the same
+        told = {*t.flatten().tolist()} if torch.is_tensor(t) else {float(t)}
+        if len(told)==1 and told<={*self.place}: return self.place[told.pop()]
+        raise ValueError(f"expected a timestep of the plan, got {sorted(told)}. "
                          "Make the cache with the plan that samples.")
 
     def keep(self, block, args): # what the last block of the way up is handed, without the skip
@@ -81,7 +85,7 @@ class FeatureCache:
 
     def __call__(self, x_in, t, text_embeddings):
         if torch.is_grad_enabled(): return self.unet(x_in, t, text_embeddings)
-        due, here = self.full(t), self.place[float(t)]
+        due, here = self.full(t), self.step(t)
         ready = self.prepared.ready(t, text_embeddings)
         if ready is not self.heard: self.listen(ready)
         anew, self.at = self.at is None or here!=self.at+1, here     # else it is the next step

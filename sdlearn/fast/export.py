@@ -30,7 +30,7 @@ def need(
 class _Noise(nn.Module): # one signature and a plain tensor for either kind of network
     def __init__(self, unet):
         super().__init__()
-        self.net = unet
+        self.net = getattr(unet, 'unet', unet)      # without what remembers
     def forward(self, x_in, t, text_embeddings):
         out = self.net(x_in, t, text_embeddings)
         return out if torch.is_tensor(out) else out.sample

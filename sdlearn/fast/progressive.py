@@ -89,6 +89,14 @@ class Task(NamedTuple):
     t:Tensor     # (B,) timestep
     cond:Tensor  # (B,...) what the student is told, or None
 
+# %% ../../nbs/50_progressive.ipynb #23acf2c5
+def _check_plan(plan):
+    if not isinstance(plan, Plan) or plan.rule!=ddim or len(plan.timesteps)%2:
+        got = (f"{len(plan.timesteps)} of {plan.rule.__name__}" if isinstance(plan, Plan)
+               else type(plan).__name__)
+        raise ValueError("expected the teacher's plan, an even number of steps of ddim, "
+                         f"got {got}. nested_plans makes it.")
+
 # %% ../../nbs/50_progressive.ipynb #21e10bbf
 @torch.no_grad()
 def make_task(
@@ -123,14 +131,6 @@ def halving_loss(
         weight = error_weight(task.sigma, kind)
         return noise_loss(predict, task.x0, task.cond, task.sigma, task.noise, kind, weight)
     return loss
-
-# %% ../../nbs/50_progressive.ipynb #23acf2c5
-def _check_plan(plan):
-    if not isinstance(plan, Plan) or plan.rule!=ddim or len(plan.timesteps)%2:
-        got = (f"{len(plan.timesteps)} of {plan.rule.__name__}" if isinstance(plan, Plan)
-               else type(plan).__name__)
-        raise ValueError("expected the teacher's plan, an even number of steps of ddim, "
-                         f"got {got}. nested_plans makes it.")
 
 # %% ../../nbs/50_progressive.ipynb #d398521b
 def halve(

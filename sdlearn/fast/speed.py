@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 from ..load import SD
-from ..unet import Prepared, UNet, once, versions
+from ..unet import Prepared, UNet, versions
 
 # %% ../../nbs/55_speed.ipynb #98ddb89c
 ops = torch.ops.mkldnn                      # oneDNN, by the name it had before
@@ -34,19 +34,22 @@ class Packed(Prepared):
     They take their memory once more for each number of pictures asked at once"""
     kept = of = None
     def make(self):
-        now = versions(self.unet.parameters())
-        if now!=self.of: self.kept, self.of = {}, now       # else the words changed, no more
-        quick = super().make()
+        now, quick = versions(self.unet.parameters()), super().make()
+        watch = self.mine.watch
+        if watch.kind: return quick        # autocast: other numbers than those of the weights
+        # else the words changed, no more; weights of inference mode do not tell
+        if now!=self.of or watch.blind: self.kept, self.of = {}, now
+        kept = self.kept
         for name, layer in quick.named_modules():
-            if type(layer) not in _packing or not _packable(layer.weight): continue
+            if type(layer) not in _packing or not _packable(layer): continue
             layer.__class__ = _packing[type(layer)]
-            layer.kept = self.kept.setdefault(name, {})
+            layer.kept = kept.setdefault(name, {})
         return quick
 
 def packed(
     sd,  # `SD` bundle with our own networks
 )->SD:   # The same networks, drawing sooner on a CPU: for `txt2img` and all that samples
-    "The same pictures to the fifth digit, from the same weights, kept in the order of the CPU"
+    "The same pictures to the fourth digit, from the same weights, kept in the order of the CPU"
     if not isinstance(sd, SD): raise ValueError(f"expected what load_sd gives, got {sd!r:.99}")
     unet = sd.unet.unet if isinstance(sd.unet, Prepared) else sd.unet
     if not isinstance(unet, UNet):
@@ -64,9 +67,14 @@ def can_pack()->bool:
     "Has this torch a oneDNN, and the functions for it?"
     return torch.backends.mkldnn.is_available() and all(hasattr(ops, f) for f in _private)
 
-def _packable(weight):
-    return can_pack() and weight.device.type=='cpu' and weight.dtype==torch.float32
+def _packable(layer): # what surrounds a picture by other than zeros stays as it is
+    weight, padding = layer.weight, getattr(layer, 'padding', ())
+    zeros = getattr(layer, 'padding_mode', 'zeros')=='zeros' and not isinstance(padding, str)
+    return zeros and can_pack() and weight.device.type=='cpu' and weight.dtype==torch.float32
 
 def _kept(memo, key, order): # for four shapes at most: each takes the weights' memory once more
-    if key not in memo and len(memo)==4: memo.clear()
-    return once(memo, key, order)
+    weight = memo.get(key)          # looked for once: another thread may clear it in between
+    if weight is not None: return weight
+    if len(memo)>=4: memo.clear()
+    memo[key] = weight = order()
+    return weight
