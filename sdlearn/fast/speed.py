@@ -34,12 +34,11 @@ class Packed(Prepared):
     They take their memory once more for each number of pictures asked at once"""
     kept = of = None
     def make(self):
-        now, quick = versions(self.unet.parameters()), super().make()
-        watch = self.mine.watch
+        now, quick, watch = versions(self.unet.parameters()), super().make(), self.mine.watch
         if watch.kind: return quick        # autocast: other numbers than those of the weights
         # else the words changed, no more; weights of inference mode do not tell
         if now!=self.of or watch.blind: self.kept, self.of = {}, now
-        kept = self.kept
+        kept = self.kept                   # another thread may exchange it meanwhile
         for name, layer in quick.named_modules():
             if type(layer) not in _packing or not _packable(layer): continue
             layer.__class__ = _packing[type(layer)]
