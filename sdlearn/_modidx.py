@@ -1296,6 +1296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdlearn.unet.Watch.changed': ('unet.html#watch.changed', 'sdlearn/unet.py'),
                               'sdlearn.unet.Watch.known': ('unet.html#watch.known', 'sdlearn/unet.py'),
                               'sdlearn.unet.Watch.look': ('unet.html#watch.look', 'sdlearn/unet.py'),
+                              'sdlearn.unet.Watch.note': ('unet.html#watch.note', 'sdlearn/unet.py'),
                               'sdlearn.unet._QuickAttention': ('unet.html#_quickattention', 'sdlearn/unet.py'),
                               'sdlearn.unet._QuickAttention.forward': ('unet.html#_quickattention.forward', 'sdlearn/unet.py'),
                               'sdlearn.unet._QuickAttention.qkv': ('unet.html#_quickattention.qkv', 'sdlearn/unet.py'),
