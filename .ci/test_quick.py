@@ -5275,6 +5275,8 @@ def test_a_program_without_a_console_draws(monkeypatch):
     from sdlearn import load_sd, txt2img
     monkeypatch.setattr(sys, 'stderr', None)
     txt2img(load_sd(networks='own'), 'a fox', num_inference_steps=1, height=32, width=32, seed=1)
+    from sdlearn.core import progress_bar       # of drawings, trainings, paths and rulers
+    assert [*progress_bar(range(3), total=3)]==[0, 1, 2]
 
 def test_names_of_files_in_the_command(tmp_path, monkeypatch, capsys):
     from sdlearn import cli

@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdlearn.core.images_to_tensor': ('core.html#images_to_tensor', 'sdlearn/core.py'),
                               'sdlearn.core.noise_like': ('core.html#noise_like', 'sdlearn/core.py'),
                               'sdlearn.core.plain': ('core.html#plain', 'sdlearn/core.py'),
+                              'sdlearn.core.progress_bar': ('core.html#progress_bar', 'sdlearn/core.py'),
                               'sdlearn.core.real': ('core.html#real', 'sdlearn/core.py'),
                               'sdlearn.core.save_animation': ('core.html#save_animation', 'sdlearn/core.py'),
                               'sdlearn.core.seeded': ('core.html#seeded', 'sdlearn/core.py'),

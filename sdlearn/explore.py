@@ -187,7 +187,7 @@ def _canvas(cells, brush, first): # a grid to click on; its value: (row, column,
         value = Tuple(tuple(first))
         def colour(self, greys): # (cells,cells), 0 black to 255
             for button, g in zip(self.buttons, greys.flatten().tolist()):
-                button.style.button_color = f'#{int(g):02x}'+2*f'{int(g):02x}'
+                button.style.button_color = '#'+3*f'{int(g):02x}'
     def cell(row, column):
         place = w.Layout(width='28px', height='28px', margin='1px', padding='0')
         button = w.Button(layout=place, tooltip=f'row {row+1}, column {column+1}')

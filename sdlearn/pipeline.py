@@ -7,12 +7,12 @@ __all__ = ['check_inputs', 'unseen_words', 'encode_prompt', 'denoise', 'txt2img'
            'start_step', 'img2img', 'inpaint', 'as_mask', 'step_panel', 'noise_predictor']
 
 # %% ../nbs/38_pipeline.ipynb #b6794d7b
-import random, sys, warnings
+import random, warnings
 import numpy as np, torch
 from PIL import Image
 from torch.nn import functional as F
 from .core import (as_rgb, check_picture, check_tensor, generator_of, image_grid,
-                          images_to_tensor, real, upright, whole)
+                          images_to_tensor, progress_bar, real, upright, whole)
 from .configs import latent_side
 from .denoiser import noise_predictor
 from .guidance import check_scale
@@ -97,10 +97,8 @@ def denoise(
     progress:bool=True, # Show a bar
 ):                      # Yields `Step`s; the next one starts from what is assigned to step.x_next
     "The one loop, with a progress bar over the model calls"
-    from tqdm.auto import tqdm
     steps = sample(plan, eps_fn, x, noise_fn)
-    shown = progress and sys.stderr is not None     # a program without a console has none
-    yield from tqdm(steps, total=plan.calls, disable=not shown, leave=False)
+    yield from progress_bar(steps, progress, total=plan.calls, leave=False)
 
 # %% ../nbs/38_pipeline.ipynb #249ba180
 def _warn_unseen(sd, prompts):

@@ -7,7 +7,7 @@ __all__ = ['batch_rng', 'save_state', 'load_state', 'check_mark', 'saver', 'one_
            'learning', 'TrainStep', 'put', 'train_steps', 'processes', 'fingerprint', 'fit', 'averaged_weights']
 
 # %% ../nbs/91_train.ipynb #08907efe
-import dis, hashlib, math, pickle, re, struct, sys, time
+import dis, hashlib, math, pickle, re, struct, time
 from dataclasses import dataclass, fields, is_dataclass
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,7 +19,8 @@ import numpy as np, torch
 from PIL import Image
 from torch import nn
 from torch.autograd.graph import increment_version
-from .core import as_folder, as_path, check_number, plain, real, seeded, whole, whole_file
+from .core import (as_folder, as_path, check_number, plain, progress_bar, real, seeded,
+                   whole, whole_file)
 
 # %% ../nbs/91_train.ipynb #3d06d697
 def batch_rng(
@@ -380,7 +381,6 @@ def fit(
     **settings,           # lr, warmup, decay, ema, weight_decay, mixed_precision: `train_steps`
 )->list:                  # Loss of every step, those of the resumed run included
     "Train, save, preview and show: everything around `train_steps`"
-    from tqdm.auto import tqdm
     here, params = processes(), trained(model)
     _check_fit([loss_fn, preview or str], save_every, preview_every, settings)
     path, steps = _as_file(path), check_number(steps, 'a number of steps', 0, read=whole)
@@ -396,8 +396,8 @@ def fit(
         averaged = state['averaged'] if state else {}
         if state: put(dict(model.named_buffers()), state['buffers'])
         stream = train_steps(partial(loss_fn, model), params, steps, seed, state=state, **settings)
-        bar = tqdm(stream, initial=len(losses), total=steps,
-                   disable=not (progress and here.is_main_process and sys.stderr))
+        bar = progress_bar(stream, progress and here.is_main_process, initial=len(losses),
+                           total=steps)
         save = saver(mine, save_every)
         def now(): # asked for when it is time to save, not at every step
             return step.state()|dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()))

@@ -72,7 +72,7 @@ class FeatureCache:
 
     def step(self, t): # its number; all pictures of a batch are at the same
         told = {*t.flatten().tolist()} if torch.is_tensor(t) else {float(t)}
-        if len(told)==1 and told<={*self.place}: return self.place[told.pop()]
+        if len(told)==1 and told<=self.place.keys(): return self.place[told.pop()]
         raise ValueError(f"expected a timestep of the plan, got {sorted(told)}. "
                          "Make the cache with the plan that samples.")
 

@@ -35,7 +35,7 @@ class Packed(Prepared):
     kept = of = None
     def make(self):
         now, quick, watch = versions(self.unet.parameters()), super().make(), self.mine.watch
-        if watch.kind: return quick        # autocast: other numbers than those of the weights
+        if watch.kind or not can_pack(): return quick  # autocast: other numbers than the weights'
         # else the words changed, no more; weights of inference mode do not tell
         if now!=self.of or watch.blind: self.kept, self.of = {}, now
         kept = self.kept                   # another thread may exchange it meanwhile
@@ -69,7 +69,7 @@ def can_pack()->bool:
 def _packable(layer): # what surrounds a picture by other than zeros stays as it is
     weight, padding = layer.weight, getattr(layer, 'padding', ())
     zeros = getattr(layer, 'padding_mode', 'zeros')=='zeros' and not isinstance(padding, str)
-    return zeros and can_pack() and weight.device.type=='cpu' and weight.dtype==torch.float32
+    return zeros and weight.device.type=='cpu' and weight.dtype==torch.float32
 
 def _kept(memo, key, order): # for four shapes at most: each takes the weights' memory once more
     weight = memo.get(key)          # looked for once: another thread may clear it in between

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from ..adapt.lora import all_layers, ask_network, learn_lora, read_note, save_lora
 from ..configs import latent_side
-from ..core import as_folder, as_path, check_number, seeded_noise, whole
+from ..core import as_folder, as_path, check_number, progress_bar, seeded_noise, whole
 from ..denoiser import as_noise, noise_predictor
 from ..folders import read_arrays, safe_path, write_weights
 from ..sample import ddim, ddim_step, dpmpp_2m, euler, make_plan, sample, samplers
@@ -224,11 +224,10 @@ def write_paths(
     bs:int=64,    # Paths in a block
 )->tuple:         # paths (N,n+1,4,h,w) and words (N,77,D), half precision
     "Draw all that a student learns from, or read what is there already; path i has seed i"
-    from tqdm.auto import tqdm
     prompts = as_texts(prompts)
     folder, bs = as_folder(folder), check_number(bs, 'bs', 1, read=whole)
     files = {folder/f'{k:06}.safetensors': k for k in range(0, len(prompts), bs)}
-    for file, k in tqdm(files.items(), 'blocks of paths'):
+    for file, k in progress_bar(files.items(), desc='blocks of paths'):
         _path_block(file, sd, prompts[k:k+bs], k, made)
     blocks = [read_arrays(file)[0] for file in files]
     return tuple(torch.cat([b[k] for b in blocks]) for k in ('paths', 'words'))

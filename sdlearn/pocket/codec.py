@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core import check_tensor, seeded
+from ..core import check_tensor, progress_bar, seeded
 from ..denoiser import predict_noise, predict_x0
 from ..fast.decoder import edge_loss
 from ..idea.autoencoder import kl
@@ -356,9 +356,8 @@ def _both_states(steps, critic):
                 buffers=dict(critic.named_buffers()))
 
 def _bar(stream, steps, done, progress):
-    from tqdm.auto import tqdm
-    quiet = not (progress and processes().is_main_process)
-    return tqdm(stream, initial=done, total=steps, desc='decoder', disable=quiet)
+    shown = progress and processes().is_main_process
+    return progress_bar(stream, shown, initial=done, total=steps, desc='decoder')
 
 def _checked(both, path): # the decoder's step, when both are finite
     for step in both:

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np, torch
 from torch.nn import functional as F
 from ..core import (as_folder, check_number, check_tensor, image_grid, images_to_tensor,
-                          whole)
+                          progress_bar, whole)
 from ..fast.student import train_student
 from ..idea.autoencoder import psnr
 from ..judge import load_clip, pixel_features, share
@@ -490,7 +490,6 @@ def evaluate(
     fast=False,                 # Of its student, which has steps, scale and sampler of its own
 )->dict:                        # The numbers of the model card
     "Measure a checkpoint: run this before its weights are replaced"
-    from tqdm.auto import tqdm
     _check_counts(n)
     if out: out = as_folder(out)
     sd, start = load_sd(path, networks='own', fast=fast), time.time()
@@ -500,7 +499,7 @@ def evaluate(
     usual = dict(num_inference_steps=20, sampler='dpmpp_2m', guidance_scale=sd.guidance_scale)
     if sd.folded is not None: usual = {k: getattr(sd, k) for k in usual}
     kw = usual|{k: v for k, v in asked.items() if v is not None}
-    with tqdm(total=_pictures(n), desc='drawing') as bar:
+    with progress_bar(total=_pictures(n), desc='drawing') as bar:
         m, sheets = _measure(sd, n, bar=bar, **kw)
     m = dict(settings=kw, minutes=round((time.time()-start)/60, 1))|m
     if out: _write_out(out, m, sheets)
