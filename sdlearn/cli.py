@@ -375,6 +375,9 @@ def learn(
     name = args.output or f"{bare or 'word'}.safetensors"
     file = safe_path(name)
     if not file.parent.is_dir(): raise ValueError(f"expected a folder that exists for {name!r}")
+    if file.exists() and not args.output: # another word may bear this name
+        raise ValueError(f"expected no {name} here yet, which keeps a learned word. Write to it, "
+                         "or to another file, with -o.")
     pictures, state = _pictures_in(args.folder), file.with_suffix('.state')
     rows, _ = learn_word(_load(args, half=False), pictures, args.word, args.start,
                          vectors=args.vectors, steps=args.steps, seed=args.seed, path=state)

@@ -153,7 +153,7 @@ def guided_loss(
     answers:Answers, # From `teacher_answers`
     bs:int=8,        # Noisy latents in a batch
 ):                   # loss_fn(net, generator) for `fit`; net is a `GuidedUNet`
-    "|student(x, t, words, w) - cfg(uncond, text, w)|^2, w even in its range (Meng et al., eq. 2)"
+    "|student(x, t, words, w) - cfg(uncond, text, w)|^2, w even in its range (Meng et al. 2023, stage one)"
     bs = check_number(bs, 'bs', 1, read=whole)
     def loss(net, g):
         i = torch.randint(len(answers.t), (bs,), generator=g)

@@ -508,12 +508,13 @@ def evaluate(
 # %% ../../nbs/65_evaluate.ipynb #0f29bc88
 def _field_type(field): return type(field.default) if field.default is not None else int
 
-def _train_options(add): # one for every field of `Recipe`
+def _train_options(p): # one for every field of `Recipe`
     from sdlearn.pocket.recipe import Recipe
+    add, size = p.add_argument, p.add_mutually_exclusive_group().add_argument
     add('--run', default='runs/pocket', help='folder for data and states; a run is resumed from it')
     add('--out', default='runs/pocket/checkpoint', help='folder that gets the checkpoint')
-    add('--tiny', action='store_true', help='all stages in two minutes, to see that they run')
-    add('--cpu', action='store_true', help='sizes for two cores; otherwise those for one GPU')
+    size('--tiny', action='store_true', help='all stages in two minutes, to see that they run')
+    size('--cpu', action='store_true', help='sizes for two cores; otherwise those for one GPU')
     add('--warm', metavar='FOLDER', help='a finished checkpoint to train on from')
     for f in fields(Recipe):
         add(f"--{f.name.replace('_', '-')}", type=_field_type(f), default=argparse.SUPPRESS,
@@ -539,7 +540,7 @@ def _parser():
     p = argparse.ArgumentParser('sdlearn.pocket',
                                 description='Train, measure and describe the embedded checkpoint')
     sub = p.add_subparsers(dest='do', required=True)
-    _train_options(sub.add_parser('train', help='train from zero, or resume').add_argument)
+    _train_options(sub.add_parser('train', help='train from zero, or resume'))
     _evaluate_options(sub.add_parser('evaluate', help='measure a checkpoint').add_argument)
     _student_options(sub.add_parser('student', help='distil it to four steps').add_argument)
     sub.add_parser('card', help='write the model card again').add_argument('path', nargs='?')
