@@ -615,12 +615,12 @@ def test_which_pictures_a_batch_takes_follows_from_the_step(monkeypatch):
     from types import SimpleNamespace
     import numpy as np
     from sdlearn.pocket import pictures
-    from sdlearn.train import batch_rng
+    from sdlearn.train import batch_rng, step_of
     class Blocks(list): block = 10
     data = Blocks(range(35))
     assert [pictures.usable(i, 10, data) for i in range(10)]==[10, 10, 10, 20, 20, 20, 30, 30, 35, 35]
     assert pictures.usable(0, 10, range(35))==35                       # an array is all there
-    assert [pictures.step_of(batch_rng(s, i, r)) for s, i, r in ((0, 0, 0), (0, 9, 3), (5, 9, 63))]==[0, 9, 9]
+    assert [step_of(batch_rng(s, i, r)) for s, i, r in ((0, 0, 0), (0, 9, 3), (5, 9, 63))]==[0, 9, 9]
     def of(rank, n): return lambda: SimpleNamespace(num_processes=n, process_index=rank)
     found = []
     for rank in range(3):
@@ -2928,13 +2928,14 @@ def test_diffusers_own_infinity_is_read(tmp_path):
 def test_the_model_and_the_true_pictures_are_not_mixed_up(monkeypatch):
     from types import SimpleNamespace
     from PIL import Image
+    from sdlearn import pipeline
     from sdlearn.pocket import evaluate as rulers
     sd = SimpleNamespace(path=None)
     asked = []
     def nothing(sd, prompts, seed, progress, **kw):
         asked.append((len(prompts), seed, kw))
         return [Image.new('RGB', (128, 128)) for _ in prompts]
-    monkeypatch.setattr(rulers, 'txt2img', nothing)
+    monkeypatch.setattr(pipeline, 'txt2img', nothing)
     rows, images, right = rulers.evaluate_kind(sd, 'background', 10, held=True, guidance_scale=3)
     row = rows['background']
     assert row['n']==10==len(images)==len(right) and max(row['clip'], row['pixels'])<.4<.8<row['true_clip']
@@ -3644,7 +3645,8 @@ def test_a_guided_student_learns_the_line_through_two_answers():
 
 @torch.no_grad()
 def test_the_strength_of_a_lora_is_a_guidance_scale():
-    from sdlearn.adapt.lora import ask_network, put_lora
+    from sdlearn.adapt.lora import put_lora
+    from sdlearn.denoiser import ask_network
     from sdlearn.fast.guided import Answers, strength_loss
     net, theirs, x, t, words = guided_pair()
     text = ask_network(net.network, x, t, words)
@@ -4972,10 +4974,11 @@ def test_a_card_with_missing_numbers(tmp_path):
 
 def test_a_student_draws_class_pictures_in_its_own_steps(monkeypatch):
     from types import SimpleNamespace
+    from sdlearn import pipeline
     from sdlearn.adapt import dreambooth, which
     asked = []
     def drawn(sd, prompts, **how): return asked.append(how.get('num_inference_steps')) or prompts
-    for module in (dreambooth, which): monkeypatch.setattr(module, 'txt2img', drawn)
+    monkeypatch.setattr(pipeline, 'txt2img', drawn)
     for folded in (4., None):
         sd = SimpleNamespace(folded=folded)
         dreambooth.class_pictures(sd, 'a deer', 1)

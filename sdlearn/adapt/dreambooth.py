@@ -12,10 +12,11 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 from .inversion import encoded
-from .lora import ask_network, draw_batch, learn_lora, lora_loss
+from .lora import draw_batch, learn_lora, lora_loss
 from ..core import check_number, images_to_tensor, whole
+from ..denoiser import ask_network
 from ..judge import load_clip, pixel_features
-from ..pipeline import txt2img
+from ..pipeline import draw_all
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at
 from ..text import embed_prompts
 from ..tokenizer import as_texts
@@ -37,10 +38,8 @@ def class_pictures(
 )->list:               # PIL pictures
     "What the network draws before it learns (Ruiz et al. 2022, section 3.3)"
     n = check_number(n, 'a number of class pictures', 1, read=whole)
-    seeds = [check_number(seed, 'a seed', 0, read=whole)+i for i in range(n)]
-    settings = few_steps(sd)|dict(progress=False)|settings
-    return [im for i in range(0, n, 8)
-            for im in txt2img(sd, [prompt]*len(seeds[i:i+8]), seed=seeds[i:i+8], **settings)]
+    seed = check_number(seed, 'a seed', 0, read=whole)
+    return draw_all(sd, [prompt]*n, seed, **few_steps(sd)|settings)
 
 # %% ../../nbs/42_dreambooth.ipynb #5ef06a88
 @torch.no_grad()

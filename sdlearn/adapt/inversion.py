@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from ..configs import latent_side
 from ..core import (as_path, as_rgb, check_number, check_picture, check_tensor,
                           images_to_tensor, noise_like, whole, write_text)
-from ..denoiser import noise_loss, predict_noise
+from ..denoiser import ask_network, noise_loss
 from ..folders import read_arrays, read_json, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, sigma_at
 from ..text import add_positions, get_output_embeds, get_token_embeds, text_core
@@ -303,8 +303,7 @@ def word_loss(
                 for n in ids.shape[:2])
         t = spread_timesteps(batch, generator, latents.device, schedule)
         words = word_states(text_encoder, ids[i, j], word.rows.to(latents.device))
-        def predict(x_in, sigma, cond):
-            return predict_noise(unet, x_in.to(cond.dtype), t, cond).to(x_in.dtype)
+        def predict(x_in, sigma, cond): return ask_network(unet, x_in, t, cond)
         x0 = latents[i]
         noise = noise_like(x0, generator)
         kind = schedule.prediction_type

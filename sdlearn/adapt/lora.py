@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['attention_names', 'LowRank', 'full_change', 'all_layers', 'lora_layers', 'put_lora', 'Pair', 'lora_pairs',
-           'take_lora', 'lora_loss', 'draw_batch', 'ask_network', 'learn_lora', 'merge_lora', 'lora_arrays',
-           'save_lora', 'read_lora', 'read_note']
+           'take_lora', 'lora_loss', 'draw_batch', 'learn_lora', 'merge_lora', 'lora_arrays', 'save_lora', 'read_lora']
 
 # %% ../../nbs/41_lora.ipynb #1da9499d
 import json, math, re, warnings
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from ..core import check_number, real, whole
-from ..denoiser import noise_loss
-from ..folders import open_weights, read_arrays, safe_path, write_weights
+from ..denoiser import ask_network, noise_loss
+from ..folders import read_arrays, read_note, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
 from ..train import fingerprint, fit, learning
-from ..unet import predict_noise
 
 # %% ../../nbs/41_lora.ipynb #14252e7c
 class LowRank(nn.Module):
@@ -188,16 +186,6 @@ def draw_batch(
     noise = torch.randn((bs, *latents.shape[1:]), **here)
     device = next(network.parameters()).device
     return tuple(v.to(device) for v in (latents[i].float(), words[i], noise, t))
-
-def ask_network(
-    network,     # Our UNet or diffusers', in any precision
-    x_in:Tensor, # (B,4,h,w) noisy latents scaled to std about 1
-    t:Tensor,    # (B,) timesteps
-    cond:Tensor, # (B,77,D) text embeddings
-)->Tensor:       # (B,4,h,w) its prediction, float32
-    "Ask in the network's precision, answer in ours"
-    dtype = next(network.parameters()).dtype
-    return predict_noise(network, x_in.to(dtype), t, cond.to(dtype)).float()
 
 def learn_lora(
     unet,                     # Our UNet or diffusers'; ends as it was
@@ -404,17 +392,6 @@ def _said_alpha(notes, place, rank): # by the file's metadata; without it, the r
     for pattern, value in notes.get(f'{piece}.alpha_pattern', {}).items():
         if ('_'+flat).endswith('_'+_place(f'{piece}.{pattern.lstrip("^")}')[1]): alpha = value
     return alpha*rank**.5 if notes.get(f'{piece}.use_rslora') else alpha
-
-def read_note(
-    file,    # A `Path` of a .safetensors file
-    key:str, # The note's name
-):           # What it says; None where there is none
-    "A note beside the weights, written as JSON"
-    with open_weights(file) as f: text = (f.metadata() or {}).get(key)
-    try: return None if text is None else json.loads(text)
-    except ValueError:
-        raise ValueError(f"expected JSON in the note {key!r} of {file.name}, got {text!r:.60}. "
-                         "The file is damaged.") from None
 
 def _pair(row, notes, place):
     rank = len(row['down'])

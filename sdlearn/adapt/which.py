@@ -24,7 +24,7 @@ from ..core import as_folder, as_path, image_grid, images_to_tensor, write_text
 from ..folders import read_json, write_weights
 from ..judge import load_clip, pixel_features
 from ..load import load_sd
-from ..pipeline import txt2img
+from ..pipeline import draw_all
 from ..pocket.atlas import subjects
 from ..pocket.captions import Scene, article
 from ..pocket.evaluate import named_right
@@ -51,10 +51,8 @@ def draw_taught(
 )->list:            # PIL pictures
     "Draw what was learned, and take it off again"
     said = [s.replace('{}', taught.call) for s in sentences]
-    settings = few_steps(sd)|dict(progress=False)|settings
     undo = taught.put(sd)
-    try: return [im for i in range(0, len(said), 8) for im in
-                 txt2img(sd, said[i:i+8], seed=[*range(seed+i, seed+len(said))][:8], **settings)]
+    try: return draw_all(sd, said, seed, **few_steps(sd)|settings)
     finally: undo()
 
 # %% ../../nbs/45_which.ipynb #62ff1810

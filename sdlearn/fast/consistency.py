@@ -10,9 +10,8 @@ __all__ = ['TIMESTEP_SCALING', 'SIGMA_DATA', 'boundary', 'answer', 'lcm_timestep
 from typing import Callable
 import torch
 from torch import Tensor
-from ..adapt.lora import ask_network
 from ..core import check_number, check_tensor, whole
-from ..denoiser import as_noise, make_step
+from ..denoiser import as_noise, ask_network, make_step
 from .progressive import guided_answer
 from ..guidance import check_scale
 from ..sample import Plan, ddim_step, intervals

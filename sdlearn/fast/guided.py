@@ -13,9 +13,9 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
-from ..adapt.lora import LowRank, ask_network
+from ..adapt.lora import LowRank
 from ..core import check_number, check_tensor, real, whole
-from ..denoiser import as_noise, noise_predictor
+from ..denoiser import as_noise, ask_network, noise_predictor
 from .progressive import two_answers
 from ..guidance import cfg
 from ..sample import Plan, sample

@@ -11,9 +11,8 @@ import copy
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
-from ..adapt.lora import ask_network
 from ..core import check_tensor
-from ..denoiser import as_noise, check_kind, noise_loss
+from ..denoiser import as_noise, ask_network, check_kind, noise_loss
 from ..guidance import cfg, check_scale
 from ..sample import Plan, ddim, ddim_step, make_plan
 from ..schedule import Schedule, add_noise, scale_input, sigma_like

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..adapt.lora import all_layers, ask_network, learn_lora, read_note, save_lora
+from ..adapt.lora import all_layers, learn_lora, save_lora
 from ..configs import latent_side
 from ..core import as_folder, as_path, check_number, progress_bar, seeded_noise, whole
-from ..denoiser import as_noise, noise_predictor
-from ..folders import read_arrays, safe_path, write_weights
-from ..sample import ddim, ddim_step, dpmpp_2m, euler, make_plan, sample, samplers
+from ..denoiser import as_noise, ask_network, noise_predictor
+from ..folders import read_arrays, read_note, safe_path, write_weights
+from ..sample import ddim, ddim_step, dpmpp_2m, euler, make_plan, sample
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
 from ..tokenizer import as_texts
@@ -52,13 +52,9 @@ def read_made(
     "What a file says of its student, checked"
     odd = {*Made._fields}^{*said} if isinstance(said, dict) else {'all'}
     if odd: raise ValueError(f"expected a student's {', '.join(Made._fields)}, got {said!r:.200}")
-    check_number(said['num_inference_steps'], "a student's number of steps", 1, 1000, whole)
     check_number(said['folded'], "a student's guidance scale", 0)
-    if said['sampler'] not in samplers:
-        raise ValueError(f"expected a student's sampler out of {', '.join(samplers)}, got "
-                         f"{said['sampler']!r}")
     made = Made(**said)
-    made.plan()                       # refuses an unknown spacing
+    made.plan()                       # refuses unknown steps, samplers and spacings
     return made
 
 # %% ../../nbs/53_student.ipynb #2fed1f5b

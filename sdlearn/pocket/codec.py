@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..core import check_tensor, progress_bar, seeded
-from ..denoiser import predict_noise, predict_x0
+from ..denoiser import ask_network, predict_x0
 from ..fast.decoder import edge_loss
 from ..idea.autoencoder import kl
-from .pictures import batch_of, picks, step_of, usable
+from .pictures import batch_of, picks, usable
 from ..schedule import add_noise, scale_input, sigma_at
 from ..train import (check_mark, fingerprint, fit, learning, load_state, one_writer,
-                           processes, put, save_state, saver, train_steps, trained)
+                           processes, put, save_state, saver, step_of, train_steps, trained)
 from ..vae import encode, scaling_factor
 
 # %% ../../nbs/64b_codec.ipynb #0debea67
@@ -200,7 +200,7 @@ def denoised(
     t = torch.randint(20, 450, (len(z),), generator=g).to(z.device)
     noise, sigma = torch.randn(z.shape, generator=g).to(z), sigma_at(t)
     x = add_noise(z, noise, sigma)
-    eps = predict_noise(unet, scale_input(x, sigma), t, words).float()
+    eps = ask_network(unet, scale_input(x, sigma), t, words)
     return predict_x0(x, sigma, eps)
 
 def latents_to_draw(

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['first_new', 'many', 'few', 'guidance_scales', 'examples', 'rivals', 'windows', 'likeness', 'by_clip', 'moved',
-           'by_pixels', 'named_right', 'true_pictures', 'draw_all', 'evaluate_kind', 'variety', 'evaluate_variety',
-           'clip_score', 'evaluate_guidance', 'evaluate_steps', 'there_and_back', 'corner', 'specks',
-           'coloured_grounds', 'evaluate_vae', 'framed', 'plot_page', 'evaluate', 'asked_recipe', 'student_prompts',
-           'main']
+           'by_pixels', 'named_right', 'true_pictures', 'evaluate_kind', 'variety', 'evaluate_variety', 'clip_score',
+           'evaluate_guidance', 'evaluate_steps', 'there_and_back', 'corner', 'specks', 'coloured_grounds',
+           'evaluate_vae', 'framed', 'plot_page', 'evaluate', 'asked_recipe', 'student_prompts', 'main']
 
 # %% ../../nbs/65_evaluate.ipynb #9a70bf30
 import argparse, json, time
@@ -21,7 +20,7 @@ from ..fast.student import train_student
 from ..idea.autoencoder import psnr
 from ..judge import load_clip, pixel_features, share
 from ..load import load_sd
-from ..pipeline import txt2img
+from ..pipeline import draw_all
 from .atlas import find, subjects
 from .card import model_card, standard_error, update_facts, write_card
 from .looks import colors
@@ -199,21 +198,6 @@ def true_pictures(
     return [draw(replace(s, seed=10**7+i)) for i, s in enumerate(scenes)]
 
 # %% ../../nbs/65_evaluate.ipynb #a237199b
-def draw_all(
-    sd,            # From `load_sd`
-    prompts:list,  # Strings
-    seed:int=0,    # Picture `i` is drawn from `seed+i`
-    bs:int=8,      # Pictures at a time
-    bar=None,      # A progress bar that counts pictures, from `tqdm`
-    **kw,          # For `txt2img`
-)->list:           # One PIL picture per prompt
-    "Pictures for many prompts, in batches"
-    images = []
-    for i in range(0, len(prompts), bs):
-        images += txt2img(sd, prompts[i:i+bs], seed=seed+i, progress=False, **kw)
-        if bar is not None: bar.update(len(prompts[i:i+bs]))
-    return images
-
 def evaluate_kind(
     sd,              # From `load_sd`
     kind:str,        # As in `examples`

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..configs import read_config, text_config, unet_config, vae_config
 from ..core import (as_folder, as_path, check_number, image_grid, plain, seeded, seeded_noise,
                           tensor_to_images, whole, write_text)
-from ..denoiser import noise_loss, noise_predictor, predict_noise
+from ..denoiser import ask_network, noise_loss, noise_predictor
 from ..folders import pocket_path, read_arrays, read_json, write_weights
 from ..idea.contrast import ImageEncoder, contrastive_loss
 from ..load import SD, load_sd, save_sd
@@ -188,7 +188,7 @@ def unet_batch(
         sigma, x0 = sigma_at(t).to(device), latents[idx].float().to(device)
         noise = torch.randn(x0.shape, generator=g).to(device)
         row = torch.where(torch.rand(bs, generator=g)<drop, 0, rows[idx])
-        def ask(x_in, sigma, words): return predict_noise(net, x_in, t.to(device), words).float()
+        def ask(x_in, sigma, words): return ask_network(net, x_in, t.to(device), words)
         words = emb[row].float().to(device)
         return noise_loss(ask, x0, words, sigma, noise, weight=snr_weight(sigma))
     return loss
