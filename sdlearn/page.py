@@ -185,7 +185,7 @@ def page_settings(
     "All that the page has to be told, as numbers and strings"
     if not isinstance(prompt, str): raise ValueError(f"expected a prompt, got {prompt!r}")
     plan, side = page_plan(sd), latent_side(sd.unet.config)
-    table = text_core(sd.text_encoder).embeddings.token_embedding.weight
+    table = sd.text_encoder.get_input_embeddings().weight
     words = tokenizer_settings(sd.tokenizer)|dict(runs=zero_runs(table))
     told = dict(shape=[4, side, side], length=sd.tokenizer.model_max_length, sketch=sketch,
                 timesteps=plan.timesteps, sigmas=plan.sigmas, start_std=plan.start_std)

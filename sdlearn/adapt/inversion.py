@@ -114,7 +114,7 @@ def word_embeds(
     rows:Tensor,  # (n,D) what the new ones mean: id len(table)+k is row k
 )->Tensor:        # (B,L,D) token embeddings, differentiable in `rows`
     "Look up what tokens mean: known ones in the table, new ones in `rows`"
-    n = len(text_core(text_encoder).embeddings.token_embedding.weight)
+    n = len(text_encoder.get_input_embeddings().weight)
     ids = ids.to(rows.device)
     if not n<=ids.max()<n+len(rows):
         raise ValueError(f"expected ids of new words, {n} to {n+len(rows)-1}, got at most "
@@ -149,14 +149,14 @@ def spread_timesteps(
 
 # %% ../../nbs/40_inversion.ipynb #41b356e2
 def _set_table(text_encoder, rows): # another table, longer or shorter
-    table = text_core(text_encoder).embeddings.token_embedding
+    table = text_encoder.get_input_embeddings()
     table.weight = nn.Parameter(rows, requires_grad=False)
     table.num_embeddings = len(rows)
     config = text_encoder.config
     if isinstance(config, dict): config['vocab_size'] = len(rows)
     else: config.vocab_size = len(rows)
 
-def _table(text_encoder): return text_core(text_encoder).embeddings.token_embedding.weight
+def _table(text_encoder): return text_encoder.get_input_embeddings().weight
 
 def add_words(
     sd,         # Anything with `tokenizer` and `text_encoder`, e.g. an `SD` bundle

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..configs import Known, read_config
-from ..core import as_path, check_number, check_tensor, seeded, whole
-from ..folders import pocket_path, read_arrays, read_json, weights_file
-from ..load import check_dtype, fill, usable_device
+from ..core import as_path, check_number, check_tensor, whole
+from ..folders import pocket_path
+from ..load import check_dtype, load_own, usable_device
 from ..vae import decode, encode
 
 # %% ../../nbs/54_decoder.ipynb #f7d6dc8a
@@ -177,9 +177,7 @@ def load_small(
     if not (folder/'config.json').exists():
         raise ValueError(f"expected a folder with a config.json of AutoencoderTiny, got "
                          f"{folder.name!r}, which has none. Without a path, pocket's is loaded.")
-    with seeded(0): net = TinyVAE(read_json(folder/'config.json'))
-    fill(net, read_arrays(weights_file(folder))[0], f'{folder.name}/config.json')
-    return net.to(device, dtype).eval().requires_grad_(False)
+    return load_own(TinyVAE, folder).to(device, dtype).eval().requires_grad_(False)
 
 # %% ../../nbs/54_decoder.ipynb #6cc9add9
 def fit_preview(
