@@ -2561,7 +2561,7 @@ def some_words():
     return {'<tiny>': torch.randn(3, 128, generator=g)*.2, '<lines>': torch.randn(1, 128, generator=g)*.2}
 
 def test_tokens_of_one_word_belong_together():
-    from sdlearn.adapt.inversion import vectors_of
+    from sdlearn.tokenizer import vectors_of
     assert vectors_of(['<a>', '<a>_1', '<a>_2', '<b>', 'x_7'])=={'<a>': 3, '<b>': 1, 'x_7': 1}
 
 @pytest.mark.parametrize('kind', ['own', 'diffusers'])
