@@ -4914,14 +4914,13 @@ def test_the_command_says_a_thing_once_and_knows_its_model(tmp_path, monkeypatch
     assert main(['--again', 'f.png', '--no-fast', *small, '-o', 'g.png'])==0
 
 def test_latents_of_other_pictures_are_not_taken(tmp_path):
-    from sdlearn.pocket.codec import cache_latents, mark_of
+    from sdlearn.pocket.codec import cache_latents
     from sdlearn.vae import VAE
     vae = VAE(tiny_vae)
     pictures = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3)).astype('uint8')
     once = cache_latents(vae, pictures, tmp_path)
     assert torch.equal(cache_latents(vae, pictures, tmp_path), once)
     with pytest.raises(ValueError, match='something else'): cache_latents(vae, 255-pictures, tmp_path)
-    assert mark_of(pictures) is pictures
 
 def test_words_of_another_unet_or_start_are_not_gone_on_with(tmp_path):
     import copy

@@ -827,7 +827,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sdlearn.pocket.codec.in_turns': ('codec.html#in_turns', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.kept': ('codec.html#kept', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.latents_to_draw': ('codec.html#latents_to_draw', 'sdlearn/pocket/codec.py'),
-                                      'sdlearn.pocket.codec.mark_of': ('codec.html#mark_of', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.patch_colour': ('codec.html#patch_colour', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.picture_loss': ('codec.html#picture_loss', 'sdlearn/pocket/codec.py'),
                                       'sdlearn.pocket.codec.standardize': ('codec.html#standardize', 'sdlearn/pocket/codec.py'),

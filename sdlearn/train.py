@@ -340,6 +340,7 @@ def _parts(x): # what an object is made of; None: nothing that could be told apa
     if type(x).__module__ in ('__main__', 'types'): # of your own class, or a SimpleNamespace
         does = [f for f in vars(type(x)).values() if isinstance(f, FunctionType)]
         return [does, getattr(x, '__dict__', {})]
+    return x.mark if isinstance(getattr(x, 'mark', None), str) else None   # it may say it itself
 
 # what says all of itself, in the same words everywhere
 _said_whole = bytes, complex, range, slice, PurePath, torch.dtype, torch.device
@@ -385,6 +386,7 @@ def fit(
     preview=None,         # (model with the averaged weights, step) -> None, e.g. draws pictures
     preview_every:int=0,  # Steps between previews, 0 for none
     progress:bool=True,   # Show a progress bar
+    told=None,            # What else the run follows from; compared when it is resumed
     **settings,           # lr, warmup, decay, ema, weight_decay, mixed_precision: `train_steps`
 )->list:                  # Loss of every step, those of the resumed run included
     "Train, save, preview and show: everything around `train_steps`"
@@ -396,7 +398,8 @@ def fit(
     if here.num_processes>1: model.to(here.device)  # alone, where the model is
     # with a decaying learning rate, another number of steps is another training
     length = dict(steps=steps) if settings.get('decay') else {}
-    mark = dict(loss_and_data=fingerprint(loss_fn), seed=seed, **settings, **length)
+    made = loss_fn if told is None else [loss_fn, told]
+    mark = dict(loss_and_data=fingerprint(made), seed=seed, **settings, **length)
     mine = path if here.is_main_process else None # one of several writes
     with one_writer(mine):
         state, losses = _go_on(path, mark, steps)

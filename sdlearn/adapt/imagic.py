@@ -47,9 +47,7 @@ def learn_sentence(
     check_tensor(start, 'one text embedding', '(1,77,D)', 'embed_prompts makes it')
     told = Told(unet, start)
     settings = dict(lr=.015, warmup=5, ema=.9, weight_decay=0.)|settings
-    # what is told here is compared when a run is resumed
-    def loss(net, g, told=(start, unet)): return loss_fn(net, g)
-    with learning(unet, False): fit(told, loss, steps, path, **settings)
+    with learning(unet, False): fit(told, loss_fn, steps, path, told=(start, unet), **settings)
     return told.words.detach().to(start)
 
 # %% ../../nbs/44_imagic.ipynb #d978da4f

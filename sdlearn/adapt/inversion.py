@@ -303,8 +303,7 @@ def learn_word(
     lr = .1*start[0].std().item()   # .02 on pocket, .0014 on SD v1
     settings = dict(lr=lr, warmup=10, decay=True, ema=.95, weight_decay=0.)|settings
     loss = word_loss(sd, latents, ids, batch)
-    def told(word, g, start=start): return loss(word, g)     # a resumed run starts there, too
-    losses = fit(word, told, steps, path, seed, **settings)
+    losses = fit(word, loss, steps, path, seed, told=start, **settings)
     rows = word.rows.detach().to(start.device)
     if steps and torch.cosine_similarity(rows, start, dim=1).min()>.995:
         warnings.warn(f"after {steps} steps {token!r} still is {start_word!r}, to 99.5%. "

@@ -201,13 +201,12 @@ def learn_lora(
 )->dict:                      # 'unet.<name of a layer>' -> `Pair`
     "Train low-rank changes of the attention layers, and nothing else"
     if start and alpha is None: alpha = next(iter(start.values())).alpha
-    # what is told here is compared when a run is resumed
-    def loss(net, g, told=(rank, alpha, [*names], start, unet)): return loss_fn(net, g)
+    told = rank, alpha, [*names], start, unet
     with learning(unet, False):
         low = put_lora(unet, rank, alpha, names, seed=settings.get('seed', 0))
         try:
             if start is not None: _go_on_from(start, low)
-            fit(unet, loss, steps, path, **dict(lr=4e-3, warmup=10, ema=.97)|settings)
+            fit(unet, loss_fn, steps, path, told=told, **dict(lr=4e-3, warmup=10, ema=.97)|settings)
             return lora_pairs(unet=unet)
         finally: take_lora(unet)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['droplet_weight', 'critic_from', 'critic_heard', 'patch_colour', 'worst', 'picture_loss', 'stands_out', 'drawn',
-           'fading', 'VAELoss', 'device_of', 'mark_of', 'hasten', 'vae_batch', 'train_vae', 'standardize', 'kept',
-           'cache_latents', 'denoised', 'latents_to_draw', 'decoder_batch', 'Critic', 'hinge', 'adaptive_weight',
-           'Decode', 'two_losses', 'in_turns', 'train_decoder']
+           'fading', 'VAELoss', 'device_of', 'hasten', 'vae_batch', 'train_vae', 'standardize', 'kept', 'cache_latents',
+           'denoised', 'latents_to_draw', 'decoder_batch', 'Critic', 'hinge', 'adaptive_weight', 'Decode', 'two_losses',
+           'in_turns', 'train_decoder']
 
 # %% ../../nbs/64b_codec.ipynb #582f5a21
 from pathlib import Path
@@ -96,8 +96,6 @@ class VAELoss(nn.Module):
 # %% ../../nbs/64b_codec.ipynb #901d7d3c
 def device_of(net): return next(net.parameters()).device
 
-def mark_of(data): return getattr(data, 'mark', data) # an array is its own mark
-
 def hasten(
     net:nn.Module, # Compiled in place where there is a GPU: names of its weights stay
     on=True,       # Do it at all
@@ -112,7 +110,7 @@ def vae_batch(
     bs:int=128, # Pictures in a batch
 ):              # loss_fn(net, generator) for `fit`, net a `VAELoss`
     "Pictures through the autoencoder, half of the batches mirrored"
-    def loss(net, g, mark=mark_of(data)):
+    def loss(net, g):
         step = step_of(g)
         x = batch_of(data, picks(g, usable(step, steps, data), bs), device_of(net))
         if torch.rand((), generator=g)<.5: x = x.flip(-1)
@@ -179,7 +177,7 @@ def cache_latents(
     bs:int=16,     # Pictures at once
 )->torch.Tensor:   # (N,4,S/8,S/8) float16, scaled to std 1, on the CPU
     "Encode every picture once: the UNet never sees pixels"
-    who = fingerprint([mark_of(data), *vae.encoder.parameters(), *vae.quant_conv.parameters()])
+    who = fingerprint([data, *vae.encoder.parameters(), *vae.quant_conv.parameters()])
     def some(block):
         parts = [encode(vae, batch_of(data, block[b.start:b.stop], device_of(vae))).half().cpu()
                  for b in _batches(len(block), bs)]
@@ -220,7 +218,7 @@ def decoder_batch(
     bs:int=128,    # Pictures in a batch
 ):                 # draw(generator) -> (latents, pictures)
     "What the decoder gets, and what it should give"
-    def draw(g, mark=mark_of(data)):
+    def draw(g):
         device, idx = device_of(unet), picks(g, len(latents), bs)
         z = latents[idx].float().to(device)
         return latents_to_draw(unet, z, words(idx).to(z), g), batch_of(data, idx, device)

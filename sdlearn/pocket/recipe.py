@@ -23,7 +23,7 @@ from ..idea.contrast import ImageEncoder, contrastive_loss
 from ..load import SD, load_sd, save_sd
 from . import scenes
 from .card import update_facts
-from .codec import (cache_latents, decoder_batch, device_of, hasten, kept, mark_of,
+from .codec import (cache_latents, decoder_batch, device_of, hasten, kept,
                                   standardize, train_decoder, train_vae)
 from .pictures import Pictures, batch_of, picks, rendering
 from ..sample import make_plan, sample
@@ -144,7 +144,7 @@ def pair_loss(
     look=None,     # look(x, idx, generator) -> pictures, e.g. softer ones
 ):                 # loss_fn(net, generator) for `fit`, net a `Pair`
     "The contrastive loss of random pictures"
-    def loss(net, g, mark=mark_of(data)):
+    def loss(net, g):
         idx = picks(g, len(data), bs)
         x = batch_of(data, idx, device_of(net))
         if look: x = look(x, idx, g)
