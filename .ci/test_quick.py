@@ -3193,13 +3193,13 @@ def test_consistency_is_zero_for_the_settled_function_alone(end):
 
 @pytest.mark.parametrize('end', (.012, .02))
 def test_the_target_has_the_guidance_in_it(end):
-    from sdlearn.fast.consistency import Way, consistency_loss, pseudo_huber
+    from sdlearn.denoiser import predicted_noise
+    from sdlearn.fast.consistency import answer, consistency_loss, pseudo_huber
     from sdlearn.guidance import cfg
     from sdlearn.schedule import Schedule, add_noise, sigma_at, sigma_like
     r, schedule = torch.Generator().manual_seed(1), Schedule(beta_end=end)
     x0, told = torch.randn(3, 1, 4, 4, generator=r), torch.tensor([[.1]]*3+[[.4]]*3)
     teacher, student = Shares(exact_share, schedule), Shares(lambda s: .5*exact_share(s), schedule)
-    way = Way(schedule, ask_shares)
     for scale in (1., 4.):
         g = torch.Generator().manual_seed(0)
         k = torch.randint(10, (3,), generator=g)
@@ -3210,8 +3210,9 @@ def test_the_target_has_the_guidance_in_it(end):
         x_in = upper/(s**2+1)**.5
         eps = cfg(exact_share(s)*x_in+.1, exact_share(s)*x_in+.4, scale)
         lower = upper+(s_next-s)*eps
-        assert_close(way.down(upper, eps, t, t_next), lower, rtol=1e-4, atol=1e-4)
-        def f(x, t): return way.answer(student, x, t, told[3:])
+        def f(x, t):
+            s = sigma_at(t, schedule)
+            return answer(x, predicted_noise(student, x, s, t, told[3:], ask=ask_shares), s, t)
         wanted = pseudo_huber(f(upper, t), f(lower, t_next))
         fn = consistency_loss(lambda g: (x0, told), teacher, scale, 10, schedule, ask_shares)
         got = fn(student, torch.Generator().manual_seed(0))
@@ -3229,9 +3230,9 @@ def test_the_distance_is_a_square_near_zero_and_a_length_far_away():
     assert_close(pseudo_huber(a, 0*a), torch.tensor((c*(2**.5-1)+5-c)/2), rtol=1e-4, atol=1e-6)
 
 def test_no_gradient_goes_through_the_target():
-    from sdlearn.fast.consistency import Way, consistency_loss, pseudo_huber
+    from sdlearn.fast.consistency import consistency_loss
     x0, told = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(6, 1)
-    teacher, student, way = Shares(exact_share), Shares(exact_share), Way(ask=ask_shares)
+    teacher, student = Shares(exact_share), Shares(exact_share)
     seen = []
     def ask(net, x_in, t, told):
         if net is student: seen.append((torch.is_grad_enabled(), t.tolist()))
@@ -3239,6 +3240,19 @@ def test_no_gradient_goes_through_the_target():
     consistency_loss(lambda g: (x0, told), teacher, 1., 10, ask=ask)(student, torch.Generator().manual_seed(0))
     (below, t_next), (above, t) = seen
     assert not below and above and all(a-b in (99, 100) for a, b in zip(t, t_next))
+
+def test_a_consistency_training_is_not_gone_on_with_another_average_or_question(tmp_path):
+    from sdlearn.fast.consistency import consistency_loss
+    from sdlearn.train import fit
+    teacher = Shares(exact_share).requires_grad_(False)
+    def draw(g): return torch.randn(2, 1, 4, 4, generator=g), torch.zeros(4, 1)
+    def another(net, x_in, t, told): return .5*ask_shares(net, x_in, t, told)
+    def go_on(steps, ask=ask_shares, **how):
+        loss = consistency_loss(draw, teacher, 1., 10, ask=ask, **how)
+        return fit(Shares(exact_share), loss, steps, tmp_path/'s', progress=False)
+    assert len(go_on(2))==2 and len(go_on(4))==4          # what the average has become is not compared
+    for how in (dict(decay=.5), dict(ask=another)):
+        with pytest.raises(ValueError, match='loss_and_data was'): go_on(6, **how)
 
 def test_the_average_goes_after_its_own_student():
     from sdlearn.fast.consistency import Average

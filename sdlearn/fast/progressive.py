@@ -12,10 +12,10 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 from ..core import check_tensor
-from ..denoiser import as_noise, ask_network, check_kind, noise_loss
+from ..denoiser import ask_network, check_kind, noise_loss, predicted_noise
 from ..guidance import cfg, check_scale
 from ..sample import Plan, ddim, ddim_step, make_plan
-from ..schedule import Schedule, add_noise, scale_input, sigma_like
+from ..schedule import Schedule, add_noise, sigma_like
 from ..train import fit
 
 # %% ../../nbs/50_progressive.ipynb #64a70cc2
@@ -178,8 +178,8 @@ def guided_teacher(
 )->Callable:                 # teacher(x, sigma, t, cond) -> predicted noise, float32
     "`guided_answer` as a teacher: it is told the prompts alone"
     scale = check_scale(guidance_scale)
+    def ask(network, x_in, t, told): return guided_answer(network, x_in, t, told, scale)
     def teacher(x, sigma, t, cond):
-        x_in = scale_input(x, sigma)
         words = torch.cat([nothing.to(cond).expand_as(cond), cond])
-        return as_noise(guided_answer(network, x_in, t, words, scale), x_in, sigma, kind)
+        return predicted_noise(network, x, sigma, t, words, kind, ask)
     return teacher

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapt.lora import all_layers, learn_lora, save_lora
 from ..configs import latent_side
 from ..core import as_folder, as_path, check_number, progress_bar, seeded_noise, whole
-from ..denoiser import as_noise, ask_network, noise_predictor
+from ..denoiser import as_noise, ask_network, noise_predictor, predicted_noise
 from ..folders import read_arrays, read_note, safe_path, write_weights
 from ..sample import ddim, ddim_step, dpmpp_2m, euler, make_plan, sample
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
@@ -165,8 +165,7 @@ def whole_path(
     x = unscale_input(first, plan.sigmas[0])
     def ask(x, sigma, t):
         t = torch.full((len(x),), t, device=x.device)
-        x_in = scale_input(x, sigma)
-        return as_noise(ask_network(unet, x_in, t, words), x_in, sigma, kind)
+        return predicted_noise(unet, x, sigma, t, words, kind)
     return [scale_input(s.x_next, s.sigma_next) for s in sample(plan, ask, x)]
 
 def whole_path_loss(
