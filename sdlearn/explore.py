@@ -15,11 +15,11 @@ from PIL import Image
 from torch.nn import functional as F
 from .attention import attention_maps, token_places, word_map
 from .configs import latent_side
-from .core import as_rgb, check_number, file_bytes, image_grid, images_to_tensor, whole
+from .core import as_rgb, check_number, file_bytes, generator_of, image_grid, whole
 from .denoiser import noise_predictor
 from .fast.decoder import load_small
 from .folders import pocket_path
-from .pipeline import check_inputs, denoise, native_size, plan_for, unseen_words
+from .pipeline import begin_late, check_inputs, denoise, native_size, plan_for, unseen_words
 from .pipeline import start_step as first_step
 from .sample import begins_late, make_plan, noise_from, sample, samplers as nine
 from .schedule import SD_V1, scale_input
@@ -27,7 +27,7 @@ from .text import add_positions, embed_prompts, first_end, get_output_embeds
 from .text import get_token_embeds, mix as mixed
 from .tokenizer import all_ids, read_weights, tokenize
 from .unet import versions
-from .vae import encode, latents_to_pil
+from .vae import latents_to_pil
 
 # %% ../nbs/70_explore.ipynb #7398917d
 class Painter:
@@ -456,18 +456,13 @@ def start_step(
     _check(sd, [text], [seed], steps)
     check_inputs([text], steps, None, image.height, image.width)
     steps, sampler = _way(sd, steps)
-    def noised(plan, first, seed):
-        generators = [torch.Generator().manual_seed(seed)]
-        pixels = images_to_tensor([image]).to(sd.device, sd.dtype)
-        latents, noise_fn = encode(sd.vae, pixels, generators).float(), noise_from(generators)
-        return plan.start(noise_fn(latents), latents if first else None), noise_fn
     def draw(prompt, strength, seed):
         first = first_step(steps, strength)
         if first>=steps:
             yield image_grid([image]*3, rows=1), 'less than one step: the picture stays as it is'
             return
-        plan = plan_for(sd, sampler, steps).after(first)
-        x, noise_fn = noised(plan, first, seed)
+        plan = plan_for(sd, sampler, steps)
+        plan, x, noise_fn, *_ = begin_late(sd, [image], plan, first, [generator_of(seed)])
         emb, note = _read(sd, '', prompt)
         eps_fn = noise_predictor(sd, emb)
         quick = _lighter(sd)

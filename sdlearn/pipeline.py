@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['check_inputs', 'unseen_words', 'encode_prompt', 'denoise', 'txt2img', 'draw_all', 'generate_with_embs', 'native_size',
-           'plan_for', 'start_step', 'img2img', 'inpaint', 'as_mask', 'step_panel', 'noise_predictor']
+           'plan_for', 'start_step', 'Begun', 'begin_late', 'img2img', 'inpaint', 'as_mask', 'step_panel',
+           'noise_predictor']
 
 # %% ../nbs/38_pipeline.ipynb #b6794d7b
 import random, warnings
+from typing import Callable, NamedTuple
 import numpy as np, torch
 from PIL import Image
 from torch.nn import functional as F
@@ -269,11 +271,26 @@ def start_step(
                       f"the image stays as it is. Take {-(-1000//n)/1000:g} or more.")
     return n-taken
 
-def _noised(sd, images, generators):
-    "Clean latents, noise for them, and more of it from the same generators"
+class Begun(NamedTuple):
+    "Image-to-image on its way: what is left of a plan, and where it starts"
+    plan:object          # `Plan` without the steps left out
+    x:torch.Tensor       # (B,4,h,w) noisy latents to start from
+    noise_fn:Callable    # More noise, from the same generators
+    latents:torch.Tensor # (B,4,h,w) clean
+    noise:torch.Tensor   # (B,4,h,w) standard normal, that of `x`
+
+def begin_late(
+    sd,               # `SD` bundle
+    images:list,      # PIL images of one size
+    plan,             # Of all steps, from `plan_for`
+    first:int,        # Step to start at, from `start_step`; 0: nothing of the images is left
+    generators:list,  # One per picture
+)->Begun:
+    "Pictures, as noisy as the plan is at that step"
     latents = encode(sd.vae, _pixels(sd, images), generators).float()
-    noise_fn = noise_from(generators)
-    return latents, noise_fn(latents), noise_fn
+    plan, noise_fn = plan.after(first), noise_from(generators)
+    noise = noise_fn(latents)
+    return Begun(plan, plan.start(noise, latents if first else None), noise_fn, latents, noise)
 
 def img2img(
     sd,                          # `SD` bundle from `load_sd`
@@ -292,10 +309,8 @@ def img2img(
     first, plan = start_step(n, strength), plan_for(sd, sampler, n)
     generators, ask = _generators(seed, len(prompts)), _ask(sd, prompts, eps_fn, **asked)
     if first>=n: return _there_and_back(sd, images)
-    plan = plan.after(first)
-    latents, noise, noise_fn = _noised(sd, images, generators)
-    x = plan.start(noise, latents if first else None)
-    return _finish(sd, denoise(plan, ask, x, noise_fn, progress), on_step)
+    begun = begin_late(sd, images, plan, first, generators)
+    return _finish(sd, denoise(begun.plan, ask, begun.x, begun.noise_fn, progress), on_step)
 
 # %% ../nbs/38_pipeline.ipynb #aa7c6f62
 def _fit(image, n, convert=as_rgb, name='image'): # PIL image(s) -> one for each of n prompts
@@ -345,8 +360,7 @@ def inpaint(
     first, plan = start_step(n, strength), plan_for(sd, sampler, n)
     generators, ask = _generators(seed, len(prompts)), _ask(sd, prompts, eps_fn, **asked)
     if first>=n: return images if paste_back else _there_and_back(sd, images)
-    plan = plan.after(first)
-    latents, noise, noise_fn = _noised(sd, images, generators)
+    plan, x, noise_fn, latents, noise = begin_late(sd, images, plan, first, generators)
     hole = _holes(masks, latents)
     def put_back(step): # the last x_next is clean, so nothing is added there
         level = 0 if step.sigma_next==plan.sigmas[-1] else step.sigma_next
@@ -356,7 +370,6 @@ def inpaint(
         if on_step:
             on_step(step)
             put_back(step)      # whoever steers may have moved it
-    x = plan.start(noise, latents if first else None)
     drawn = _finish(sd, denoise(plan, ask, x, noise_fn, progress), keep)
     if not paste_back: return drawn
     return [Image.composite(*both) for both in zip(drawn, images, masks)]
