@@ -3673,6 +3673,7 @@ def test_the_strength_of_a_lora_is_a_guidance_scale():
         seen.append(strength)
     assert 0<min(seen)<.6 and .9<max(seen)<=1
     with pytest.raises(ValueError, match='largest guidance scale'): strength_loss(answers, 0.)
+    with pytest.raises(ValueError, match='^expected bs'): strength_loss(answers, 5., 0)
 
 @torch.no_grad()
 def test_guidance_is_told_once_and_never_twice():

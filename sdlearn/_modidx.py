@@ -443,6 +443,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sdlearn.fast.guided.GuidedUNet.forward': ('guided.html#guidedunet.forward', 'sdlearn/fast/guided.py'),
                                      'sdlearn.fast.guided.GuidedUNet.told': ('guided.html#guidedunet.told', 'sdlearn/fast/guided.py'),
                                      'sdlearn.fast.guided._first_layer': ('guided.html#_first_layer', 'sdlearn/fast/guided.py'),
+                                     'sdlearn.fast.guided._some': ('guided.html#_some', 'sdlearn/fast/guided.py'),
                                      'sdlearn.fast.guided._time_layers': ('guided.html#_time_layers', 'sdlearn/fast/guided.py'),
                                      'sdlearn.fast.guided.check_scales': ('guided.html#check_scales', 'sdlearn/fast/guided.py'),
                                      'sdlearn.fast.guided.guidance_features': ('guided.html#guidance_features', 'sdlearn/fast/guided.py'),

@@ -143,12 +143,16 @@ def teacher_answers(
         x_in, ts = scale_input(x, sigma), torch.full((len(x),), float(t), device=x.device)
         uncond, text = two_answers(sd.unet, x_in, ts, text_embeddings)
         rows.append(Answers(x_in, ts, words, uncond, text))
-        guided = cfg(uncond, text, scales.to(text)[:, None, None, None])
+        guided = cfg(uncond, text, scales)
         return as_noise(guided, x_in, sigma, sd.schedule.prediction_type)
     for step in sample(plan, ask, plan.start(noise)): pass
     return Answers(*map(torch.cat, zip(*rows)))
 
 # %% ../../nbs/51_guided.ipynb #79ed9758
+def _some(answers, bs, g, device): # of the answers, at random
+    i = torch.randint(len(answers.t), (bs,), generator=g)
+    return (v[i].to(device) for v in answers)
+
 def guided_loss(
     answers:Answers, # From `teacher_answers`
     bs:int=8,        # Noisy latents in a batch
@@ -156,11 +160,10 @@ def guided_loss(
     "|student(x, t, words, w) - cfg(uncond, text, w)|^2, w even in its range (Meng et al. 2023, stage one)"
     bs = check_number(bs, 'bs', 1, read=whole)
     def loss(net, g):
-        i = torch.randint(len(answers.t), (bs,), generator=g)
+        x_in, t, words, uncond, text = _some(answers, bs, g, net.cond_proj.weight.device)
         low, high = net.scales
         w = low+(high-low)*torch.rand(bs, generator=g)
-        x_in, t, words, uncond, text = (v[i].to(net.cond_proj.weight.device) for v in answers)
-        target = cfg(uncond, text, w.to(text)[:, None, None, None])
+        target = cfg(uncond, text, w)
         return (net(x_in, t, words, w).float()-target.float()).square().mean()
     return loss
 
@@ -187,13 +190,12 @@ def strength_loss(
 ):                   # loss_fn(unet, generator) for `learn_lora`
     "|UNet with its LoRA at strength s - cfg(uncond, text, 1+s*(most-1))|^2, one s for a batch"
     most = check_number(most, 'the largest guidance scale', 1.)
+    bs = check_number(bs, 'bs', 1, read=whole)
     def loss(unet, g):
-        i = torch.randint(len(answers.t), (bs,), generator=g)
+        x_in, t, words, uncond, text = _some(answers, bs, g, next(unet.parameters()).device)
         strength = torch.rand(2, generator=g).max().item()  # more often strong than weak
         for m in unet.modules():
             if isinstance(m, LowRank): m.scale = strength
-        here = next(unet.parameters()).device
-        x_in, t, words, uncond, text = (v[i].to(here) for v in answers)
         target = cfg(uncond, text, 1+strength*(most-1))
         return (ask_network(unet, x_in, t, words)-target).square().mean()
     return loss
