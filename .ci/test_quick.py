@@ -5233,7 +5233,7 @@ def test_explorers_see_a_lora_that_is_put_on_later():
 def test_a_canvas_writes_down_what_its_brush_is_now():
     from sdlearn import explore
     brush = [2, -1.]
-    canvas = explore._canvas(3, lambda: brush, [(0, 0, 1, 2.)])
+    canvas = explore.Canvas(3, lambda: brush, [(0, 0, 1, 2.)])
     canvas.buttons[5].click()                       # of three rows, the second; its last place
     brush[:] = 3, .5
     canvas.buttons[6].click()
