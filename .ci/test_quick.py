@@ -641,7 +641,11 @@ def test_blocks_of_pictures_are_whole_and_of_one_kind(tmp_path, monkeypatch):
     assert (got==np.stack(want)).all() and len(data.read(2))==1
     assert data.captions()==[caption(scene(i)) for i in range(5)]
     assert not data.workers and len(pictures.Pictures(tmp_path/'few', 5, block=2, side=16))==5
-    with pytest.raises(ValueError, match='count 5, not 6'): pictures.Pictures(tmp_path/'few', 6, block=2, side=16)[[0]]
+    with pytest.raises(ValueError, match='count was 5 and is 6'): pictures.Pictures(tmp_path/'few', 6, block=2, side=16)[[0]]
+    from sdlearn.pocket.codec import vae_batch
+    from sdlearn.train import fingerprint                              # of a set as of an array, without drawing it
+    of = [fingerprint(vae_batch(pictures.Pictures(tmp_path/'few', n, block=2, side=16), 10)) for n in (5, 5, 6)]
+    assert of[0]==of[1]!=of[2]
     monkeypatch.setattr(pictures, 'version', -1)                       # another atlas
     with pytest.raises(ValueError, match='drawn'): pictures.Pictures(tmp_path/'few', 5, block=2, side=16)[[0]]
 

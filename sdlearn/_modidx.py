@@ -1216,6 +1216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sdlearn.train.averaged_weights': ('train.html#averaged_weights', 'sdlearn/train.py'),
                                'sdlearn.train.batch_rng': ('train.html#batch_rng', 'sdlearn/train.py'),
                                'sdlearn.train.check_mark': ('train.html#check_mark', 'sdlearn/train.py'),
+                               'sdlearn.train.differences': ('train.html#differences', 'sdlearn/train.py'),
                                'sdlearn.train.ema_decay': ('train.html#ema_decay', 'sdlearn/train.py'),
                                'sdlearn.train.fingerprint': ('train.html#fingerprint', 'sdlearn/train.py'),
                                'sdlearn.train.fit': ('train.html#fit', 'sdlearn/train.py'),

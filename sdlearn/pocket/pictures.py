@@ -16,7 +16,7 @@ from PIL import Image
 from ..core import as_folder, check_number, whole, whole_file, write_text
 from .atlas import version
 from .scenes import caption, draw, scene
-from ..train import fingerprint, processes
+from ..train import differences, fingerprint, processes
 
 # %% ../../nbs/64a_pictures.ipynb #ce811270
 def drawing_mark(
@@ -61,9 +61,9 @@ def is_whole(
     note = block_files(folder, k)[1]
     if not note.exists(): return False
     said = json.loads(note.read_text(encoding='utf8'))['made']
-    if odd := [f"{w} {said.get(w)!r}, not {v!r}" for w, v in made.items() if said.get(w)!=v]:
-        raise ValueError(f"expected {note} to be of this training set, but it was made with "
-                         f"{', '.join(odd)}. Delete {folder}, or choose another folder.")
+    if odd := differences(said, made):
+        raise ValueError(f"expected {note} to be of this training set, got another: {odd}. "
+                         f"Delete {folder}, or choose another folder.")
     return True
 
 # %% ../../nbs/64a_pictures.ipynb #8b5aa645

@@ -30,7 +30,7 @@ from ..sample import make_plan, sample
 from ..schedule import random_timesteps, sigma_at
 from ..text import TextEncoder, at_end, encode_tokens
 from ..tokenizer import Tokenizer, tokenize
-from ..train import fingerprint, fit, processes
+from ..train import differences, fingerprint, fit, processes
 from ..unet import UNet
 from ..vae import VAE, decode
 
@@ -321,11 +321,9 @@ def claim(
     said = {k: plain(v) for k, v in asdict(r).items() if k not in free}
     said['start'] = fingerprint([p for net in nets for p in net.parameters()])
     file = run/'run.json'
-    known = read_json(file) or said
-    odd = [f'{k} was {known.get(k)!r} and is {v!r}' for k, v in said.items() if known.get(k)!=v]
-    if odd:
+    if odd := differences(read_json(file) or said, said):
         raise ValueError(f"expected {run} to hold a run of this recipe, got another: "
-                         f"{', '.join(odd)}. Delete it, or choose another folder.")
+                         f"{odd}. Delete it, or choose another folder.")
     as_folder(run)
     if processes().is_main_process:
         write_text(file, json.dumps(said))
