@@ -9,7 +9,7 @@ __all__ = ['untaught', 'wishes', 'five', 'starts', 'study_ways', 'Taught', 'draw
 
 # %% ../../nbs/45_which.ipynb #039e8df0
 import json, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Callable
@@ -74,8 +74,7 @@ def _timed(learn): # its result, and seconds
     start = time.process_time()
     return learn(), time.process_time()-start
 
-def _low_rank(call, learn): # `Taught`, from what gives pairs
-    pairs, seconds = _timed(learn)
+def _low_rank(call, pairs, seconds): # `Taught`
     numbers = sum(p.down.numel()+p.up.numel() for p in pairs.values())
     return Taught(call, lambda sd: merge_lora(pairs, unet=sd.unet),
                   lambda file: save_lora(pairs, file), numbers, seconds)
@@ -103,7 +102,7 @@ def teach_lora(
         data = encode_pairs(sd, *mirrored(pictures, call))
         loss = lora_loss(*data, schedule=sd.schedule)
         return learn_lora(sd.unet, loss, steps, **dict(rank=8, lr=6e-3)|settings)
-    return _low_rank(call, learn)
+    return _low_rank(call, *_timed(learn))
 
 def teach_dreambooth(
     sd,            # An `SD` bundle; it is not changed
@@ -115,7 +114,7 @@ def teach_dreambooth(
     call = f'a sks {like}'
     data = mirrored(pictures, call)
     def learn(): return learn_dreambooth(sd, *data, f'a picture of {article(like)}', **settings)
-    return _low_rank(call, learn)
+    return _low_rank(call, *_timed(learn))
 
 def teach_all(
     sd,            # An `SD` bundle; it is not changed
@@ -148,9 +147,9 @@ def teach_edit(
 )->tuple:          # (`Taught`, its `Edit` for `draw_edit`)
     "The words of one picture, and a LoRA that draws it when it is told them (lesson 44)"
     edit, seconds = _timed(lambda: learn_edit(sd, picture, sentence, **settings))
-    numbers = edit.found.numel()+sum(p.down.numel()+p.up.numel() for p in edit.pairs.values())
-    return Taught(article(like), lambda sd: merge_lora(edit.pairs, unet=sd.unet),
-                  lambda file: save_edit(edit, file), numbers, seconds), edit
+    lora = _low_rank(article(like), edit.pairs, seconds)
+    numbers = lora.numbers+edit.found.numel()
+    return replace(lora, numbers=numbers, save=lambda file: save_edit(edit, file)), edit
 
 # %% ../../nbs/45_which.ipynb #ed984790
 def seen(
