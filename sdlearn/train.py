@@ -230,36 +230,22 @@ def train_steps(
     state:dict=None,      # From a step's `state()`: go on there
 ):                        # Generator of `TrainStep`
     "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
-    if not torch.is_grad_enabled():
-        raise ValueError("expected gradients to be on where something is trained, got them off. "
-                         "Train outside torch.no_grad() and torch.inference_mode(), or call "
-                         "torch.set_grad_enabled(True).")
-    params, here = _named(params), processes()
-    n, seed, lr = _check_training(n, seed, lr, mixed_precision)
-    if real(ema) is None or not 0<=ema<1:
-        raise ValueError(f"expected ema from 0 to below 1, got {ema}")
-    warmup = check_number(warmup, 'warmup', 0)
-    weight_decay = check_number(weight_decay, 'weight_decay', 0)
-    if not callable(loss_fn): raise ValueError(f"expected a loss_fn, got {loss_fn!r}")
+    _check_gradients()
+    params, rank = _named(params), processes().process_index
+    n, seed, lr = _check_training(loss_fn, n, seed, lr, mixed_precision)
+    ema, warmup = _check_share(ema), check_number(warmup, 'warmup', 0)
     device = next(iter(params.values())).device
-    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay,
-                            fused=device.type in ('cpu', 'cuda'))   # else one array at a time
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision=='fp16')
+    opt, scaler = _optimizer(params, lr, weight_decay, mixed_precision)
     averaged = {k: p.detach().clone() for k, p in params.items()}
-    first = 0 if state is None else _restore(state, params, averaged, opt)
-    if state and state.get('scaler'): scaler.load_state_dict(state['scaler'])
-    here_is = [first]          # the step whose state can be had
+    first = 0 if state is None else _restore(state, params, averaged, opt, scaler)
+    at = [first]          # the step whose state can be had
     for i in range(first, n):
         for group in opt.param_groups: group['lr'] = lr*lr_factor(i, n, warmup, decay)
-        rng = batch_rng(seed, i, here.process_index)
-        loss = _seeded(loss_fn, rng, device, mixed_precision)
+        loss = _seeded(loss_fn, batch_rng(seed, i, rank), device, mixed_precision)
         good = _update(loss, [*params.values()], opt, scaler)
         if good: _average(averaged, params, ema_decay(i, ema))
-        def now(i=i):
-            if here_is[0]!=i: raise ValueError(f"expected state() before the next step, got {i}")
-            return dict(params={k: p.detach() for k, p in params.items()}, averaged=averaged,
-                        optimizer=opt.state_dict(), scaler=scaler.state_dict(), step=i+1)
-        here_is[0] = i
+        at[0] = i
+        now = partial(_state, params, averaged, opt, scaler, i, at)
         yield TrainStep(i, loss.item(), averaged, good, now)
 
 # %% ../nbs/91_train.ipynb #9e88ffbb
@@ -280,7 +266,19 @@ def _share(params): # the mean gradient over processes, if there are several
     for p in params:
         if p.grad is not None: p.grad = reduce(p.grad, 'mean')
 
-def _restore(state, params, averaged, opt):
+def _optimizer(params, lr, weight_decay, precision): # and what scales the loss of fp16
+    weight_decay = check_number(weight_decay, 'weight_decay', 0)
+    kind = next(iter(params.values())).device.type
+    opt = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=weight_decay,
+                            fused=kind in ('cpu', 'cuda'))   # else one array at a time
+    return opt, torch.amp.GradScaler(kind, enabled=precision=='fp16')
+
+def _state(params, averaged, opt, scaler, i, at): # what a training goes on from
+    if at[0]!=i: raise ValueError(f"expected state() before the next step, got {i}")
+    return dict(params={k: p.detach() for k, p in params.items()}, averaged=averaged,
+                optimizer=opt.state_dict(), scaler=scaler.state_dict(), step=i+1)
+
+def _restore(state, params, averaged, opt, scaler):
     parts = {'params', 'averaged', 'optimizer', 'step'}
     if not isinstance(state, dict) or not parts<={*state}:
         raise ValueError(f"expected the state of a training with {', '.join(sorted(parts))}, got "
@@ -292,6 +290,7 @@ def _restore(state, params, averaged, opt):
     put(params, state['params'])
     put(averaged, state['averaged'])
     opt.load_state_dict(state['optimizer'])
+    if state.get('scaler'): scaler.load_state_dict(state['scaler'])
     return state['step']
 
 def _named(params): # name -> parameter
@@ -303,15 +302,25 @@ def _named(params): # name -> parameter
     kinds = ', '.join({type(p).__name__ for p in named.values()}) or repr(params)
     raise ValueError(f"expected parameters that take a gradient, e.g. trained(model), got {kinds}")
 
-def _check_training(n, seed, lr, precision): # the numbers, as Python has them
-    if whole(n) is None or n<0:
-        raise ValueError(f"expected a number of steps, 0 or more, got {n!r}")
+def _check_gradients():
+    if torch.is_grad_enabled(): return
+    raise ValueError("expected gradients to be on where something is trained, got them off. "
+                     "Train outside torch.no_grad() and torch.inference_mode(), or call "
+                     "torch.set_grad_enabled(True).")
+
+def _check_share(ema):
+    if real(ema) is not None and 0<=ema<1: return ema
+    raise ValueError(f"expected ema from 0 to below 1, got {ema}")
+
+def _check_training(loss_fn, n, seed, lr, precision): # the numbers, as Python has them
+    if not callable(loss_fn): raise ValueError(f"expected a loss_fn, got {loss_fn!r}")
+    n = check_number(n, 'a number of steps', 0, read=whole)
     seed = check_number(seed, 'a seed', 0, _last_seed, whole)
     if not 0<(real(lr) or 0)<=1:
         raise ValueError(f"expected a learning rate above 0 and at most 1, got {lr!r}")
     if precision not in ('no', 'bf16', 'fp16'):
         raise ValueError(f"expected mixed_precision 'no', 'bf16' or 'fp16', got {precision!r}")
-    return whole(n), seed, real(lr)
+    return n, seed, real(lr)
 
 # %% ../nbs/91_train.ipynb #1ba0c00a
 def _tensor_mark(x): # shape, kind, and a sample of the numbers
