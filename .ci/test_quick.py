@@ -5280,11 +5280,25 @@ def test_a_training_without_gradients_says_so():
 
 def test_what_goes_into_another_process_is_pickled_or_refused_in_a_sentence():
     from sdlearn import load_sd
+    from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
     from sdlearn.adapt.inversion import with_words
-    from sdlearn.sample import make_plan, samplers
+    from sdlearn.fast.consistency import lcm_plan
+    from sdlearn.sample import make_plan, noise_from, sample, samplers
     for name in samplers:
         plan = pickle.loads(pickle.dumps(make_plan(name, 5)))
         assert plan==make_plan(name, 5) and plan.calls==make_plan(name, 5).calls
+    plan = pickle.loads(pickle.dumps(lcm_plan(4)))
+    assert plan==lcm_plan(4) and plan.calls==4
+    for theirs in (EulerDiscreteScheduler, HeunDiscreteScheduler, EulerAncestralDiscreteScheduler):
+        made = make_plan(theirs(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear'), 5)
+        late, again = made.after(2), pickle.loads(pickle.dumps(made.after(2)))
+        assert again[1:4]==late[1:4] and again.calls==late.calls and made.calls-late.calls==2*made.rule.scheduler.order
+        ends = []
+        for p in (late, again):
+            g, x = torch.Generator().manual_seed(0), torch.ones(1, 4, 2, 2)
+            for step in sample(p, lambda x, sigma, t: x/(sigma**2+1)**.5, x, noise_from([g])): pass
+            ends.append(step.x_next)
+        assert torch.equal(*ends)
     sd = load_sd(networks='own')
     words = with_words(sd.tokenizer, ['<x>', '<x>_1'])
     assert pickle.loads(pickle.dumps(words)).encode('a <x>')==words.encode('a <x>')

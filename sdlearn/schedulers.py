@@ -7,6 +7,7 @@ __all__ = ['is_scheduler', 'read_scheduler', 'check_scheduler']
 
 # %% ../nbs/37b_schedulers.ipynb #dafbc23f
 import copy, inspect
+from dataclasses import dataclass
 import numpy as np, torch
 from .denoiser import make_step
 from .schedule import (SD_V1, Schedule, alphas_cumprod, check_steps, scale_input,
@@ -33,12 +34,18 @@ def _sigmas_of(scheduler)->list:
     return [*at_calls.tolist(), ((1-a)/a)**.5]
 
 # %% ../nbs/37b_schedulers.ipynb #d8cb78a5
-def _rule(scheduler, n_steps):
+@dataclass(eq=False)
+class _Rule: # a class, so that a `Plan` with it is pickled
     "A scheduler as a rule for our loop: one `step` per model call, from a copy every time"
-    def rule(eps_fn, x, sigmas, timesteps, noise_fn=None):
-        first = (n_steps-len(timesteps))*scheduler.order
-        yield from _run(copy.deepcopy(scheduler), eps_fn, x, first, noise_fn)
-    return rule
+    scheduler:object
+    n_steps:int
+    def __call__(self, eps_fn, x, sigmas, timesteps, noise_fn=None):
+        first = self.left_out(len(timesteps))
+        yield from _run(copy.deepcopy(self.scheduler), eps_fn, x, first, noise_fn)
+    def left_out(self, n): return (self.n_steps-n)*self.scheduler.order    # model calls
+    def calls(self, n): return len(self.scheduler.timesteps)-self.left_out(n)
+    @property
+    def __name__(self): return type(self.scheduler).__name__
 
 def _run(scheduler, eps_fn, x, first, noise_fn):
     sigmas = _sigmas_of(scheduler)
@@ -66,8 +73,7 @@ def read_scheduler(
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(n)          # before: 'continuous' timesteps look at what is predicted
     scheduler.register_to_config(prediction_type='epsilon')    # that is what `eps_fn` gives it
-    k, calls = scheduler.order, len(scheduler.timesteps)
-    sigmas = _sigmas_of(scheduler)
+    k, sigmas = scheduler.order, _sigmas_of(scheduler)
     if not (sigmas[0]>sigmas[-2] or len(sigmas)==2 and sigmas[0]>1):   # two: a single step
         raise ValueError("expected a scheduler that walks from noise to picture, got "
                          f"{type(scheduler).__name__}, whose sigmas rise, or whose only step "
@@ -75,8 +81,8 @@ def read_scheduler(
     steps = scheduler.timesteps[::k].tolist()
     std = float(scheduler.init_noise_sigma)
     if not _explodes(scheduler): std *= (sigmas[0]**2+1)**.5
-    return (_rule(scheduler, len(steps)), steps, sigmas[:-1][::k]+sigmas[-1:], std,
-            lambda n: calls-(len(steps)-n)*k)
+    rule = _Rule(scheduler, len(steps))
+    return rule, steps, sigmas[:-1][::k]+sigmas[-1:], std, rule.calls
 
 # %% ../nbs/37b_schedulers.ipynb #4be5c23b
 def _check_betas(scheduler, name, schedule):
