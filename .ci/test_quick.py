@@ -5306,6 +5306,12 @@ def test_what_goes_into_another_process_is_pickled_or_refused_in_a_sentence():
     with pytest.raises(ValueError, match='unload'): pickle.dumps(sd)
     assert not copy.copy(sd).undo           # takes nothing off the first one
 
+def test_the_programs_help_names_each_of_its_commands(capsys):
+    from sdlearn.pocket import __main__
+    with pytest.raises(SystemExit): __main__.run(['--help'])
+    said = capsys.readouterr().out
+    for name in ('train', 'student', 'evaluate', 'card', 'atlas'): assert name in said and name in __main__.__doc__
+
 def test_a_program_without_a_console_draws(monkeypatch):
     from sdlearn import load_sd, txt2img
     monkeypatch.setattr(sys, 'stderr', None)

@@ -1,4 +1,4 @@
-"python -m sdlearn.pocket train | evaluate | card | atlas"
+"python -m sdlearn.pocket train | student | evaluate | card | atlas"
 import sys
 
 def run(argv):

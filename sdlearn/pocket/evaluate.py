@@ -522,7 +522,8 @@ def _student_options(add):
 
 def _parser():
     p = argparse.ArgumentParser('sdlearn.pocket',
-                                description='Train, measure and describe the embedded checkpoint')
+                                description='Train, measure and describe the embedded checkpoint',
+                                epilog='And atlas: make the atlas (atlas --help tells more)')
     sub = p.add_subparsers(dest='do', required=True)
     _train_options(sub.add_parser('train', help='train from zero, or resume'))
     _evaluate_options(sub.add_parser('evaluate', help='measure a checkpoint').add_argument)
