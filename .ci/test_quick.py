@@ -5312,6 +5312,21 @@ def test_the_programs_help_names_each_of_its_commands(capsys):
     said = capsys.readouterr().out
     for name in ('train', 'student', 'evaluate', 'card', 'atlas'): assert name in said and name in __main__.__doc__
 
+def test_what_ideas_and_words_are_given_is_looked_at():
+    from sdlearn.idea.classes import noisy_batch, one_hot
+    from sdlearn.idea.steps import geometric_sigmas
+    from sdlearn.text import at_end, first_end
+    for odd in (('a',), (1., 'a'), (None,), (math.nan,)):
+        with pytest.raises(ValueError, match='^expected '): geometric_sigmas(3, *odd)
+    assert one_hot(torch.zeros(0, dtype=torch.long)).shape==(0, 10)
+    x, y, g = torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), torch.Generator()
+    for odd in ((0., 1.), (-1., 1.), (1., math.inf)):
+        with pytest.raises(ValueError, match='^expected .*sigmas'): noisy_batch(x, y, g, sigmas=odd)
+    ids = torch.tensor([[49406, 320, 49407, 49407], [49406, 49407, 320, 320]])
+    assert first_end(ids).tolist()==[2, 1]
+    for lost in (ids[:, :2], ids[:1, :2]):
+        with pytest.raises(ValueError, match='^expected texts with the end'): at_end(torch.zeros(len(lost), 2, 3), lost)
+
 def test_a_program_without_a_console_draws(monkeypatch):
     from sdlearn import load_sd, txt2img
     monkeypatch.setattr(sys, 'stderr', None)

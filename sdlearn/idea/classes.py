@@ -6,6 +6,7 @@
 __all__ = ['one_hot', 'noisy_batch', 'batch_loss', 'predictor', 'read_class']
 
 # %% ../../nbs/23_classes.ipynb #5eb0dc04
+import math
 import torch
 from torch.nn import functional as F
 from ..core import check_number, whole
@@ -24,7 +25,7 @@ def one_hot(
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"expected whole numbers for classes, got {labels.dtype}: {labels}")
-    if labels.min()<0 or labels.max()>=classes:
+    if labels.numel() and (labels.min()<0 or labels.max()>=classes):
         raise ValueError(f"expected classes 0..{classes-1}, got {labels.min()}..{labels.max()}")
     return F.one_hot(labels.long(), classes).float()
 
@@ -41,6 +42,8 @@ def noisy_batch(
     "What a noise predictor is trained on"
     batch = check_number(batch, 'batch', 1, read=whole)
     drop, (low, high) = check_number(drop, 'drop', 0, 1), check_interval(sigmas, 'range of sigmas')
+    if not 0<low<=high<math.inf:
+        raise ValueError(f"expected sigmas above 0, smallest and largest, got {sigmas}")
     if len(x)!=len(y): raise ValueError(f"expected {len(x)} classes, one each, got {len(y)}")
     i = torch.randint(len(x), (batch,), generator=generator)
     eps = torch.randn(x[i].shape, generator=generator).to(x)

@@ -6,7 +6,6 @@
 __all__ = ['geometric_sigmas', 'draw', 'momentum', 'adam']
 
 # %% ../../nbs/22_steps.ipynb #5eb0de04
-import math
 import torch
 from ..core import check_number, whole
 from ..sample import euler
@@ -19,7 +18,8 @@ def geometric_sigmas(
 )->list:                  # n+1 falling numbers, the last is 0
     "Every step takes off the same share C of the noise, the last one all of it"
     n = check_number(n, 'n', 1, read=whole)
-    if not 0<sigma_min<=sigma_max<math.inf:
+    sigma_max, sigma_min = (check_number(s, 'a sigma', 0) for s in (sigma_max, sigma_min))
+    if not 0<sigma_min<=sigma_max:
         raise ValueError(f"expected sigmas that fall to one above 0, got {sigma_max}, {sigma_min}")
     return [sigma_max*(sigma_min/sigma_max)**(i/max(n-1, 1)) for i in range(n)]+[0.]
 
