@@ -21,8 +21,8 @@ from ..denoiser import ask_network, noise_loss
 from ..folders import read_arrays, read_json, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, sigma_at
 from ..text import add_positions, get_output_embeds, get_token_embeds, text_core
-from ..tokenizer import (Tokenizer, _tokens, all_ids, as_texts, check_tokenizer, clean_text,
-                               clip_tokens, tokenize, word_id)
+from ..tokenizer import (Tokenizer, all_ids, as_texts, check_tokenizer, clean_text,
+                               clip_tokens, tokenize, tokens_of, word_id)
 from ..train import fit
 from ..vae import encode
 
@@ -128,7 +128,7 @@ def add_words(
     if len(before)!=len(old):
         raise ValueError(f"expected a table with a row for each of {len(before)} tokens, "
                          f"got {len(old)} rows")
-    sd.tokenizer = with_words(before, [t for w, r in words.items() for t in _tokens(w, len(r))])
+    sd.tokenizer = with_words(before, [t for w, r in words.items() for t in tokens_of(w, len(r))])
     _set_table(sd.text_encoder, torch.cat([old, *(r.to(old) for r in words.values())]))
     def undo():
         sd.tokenizer = before
@@ -298,7 +298,7 @@ def learn_word(
     check_token(sd.tokenizer, token)
     start = start_rows(sd, start_word, vectors)
     latents = encoded(sd, pictures)
-    ids = _caption_ids(sd, _tokens(token, vectors), captions, len(pictures))
+    ids = _caption_ids(sd, tokens_of(token, vectors), captions, len(pictures))
     word = Word(start)
     lr = .1*start[0].std().item()   # .02 on pocket, .0014 on SD v1
     settings = dict(lr=lr, warmup=10, decay=True, ema=.95, weight_decay=0.)|settings

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from ..attention import _double
+from ..attention import same_weights
 from ..core import check_number, whole
 from ..denoiser import noise_predictor
 from ..sample import Plan, check_plan
@@ -78,7 +78,7 @@ class FeatureCache:
         self.deep = args[0][:, :-self.quick.conv_in.out_channels]
 
     def listen(self, ready): # other words or weights: nothing from before is of use
-        self.heard, self.deep, self.quick = ready, None, _double(ready)
+        self.heard, self.deep, self.quick = ready, None, same_weights(ready)
         self.quick.up_blocks[-1].resnets[-1].register_forward_pre_hook(self.keep)
 
     def __call__(self, x_in, t, text_embeddings):

@@ -15,7 +15,7 @@ from ..core import check_number, check_tensor, whole
 from ..denoiser import ask_network, make_step, predicted_noise
 from .progressive import guided_answer
 from ..guidance import check_scale
-from ..sample import Plan, _once, ddim_step, intervals
+from ..sample import Plan, ddim_step, intervals
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at, sigma_like
 from ..train import averaged_weights, trained
 from ..unet import predict_x0
@@ -165,4 +165,4 @@ def lcm_plan(
     "A plan for a consistency student"
     ts = [float(t) for t in lcm_timesteps(num_inference_steps, original, schedule)]
     sigmas = [sigma_at(t, schedule) for t in ts]
-    return Plan(lcm, ts, [*sigmas, 0.], (sigmas[0]**2+1)**.5, _once)
+    return Plan(lcm, ts, [*sigmas, 0.], (sigmas[0]**2+1)**.5)

@@ -157,7 +157,7 @@ def guided_loss(
     answers:Answers, # From `teacher_answers`
     bs:int=8,        # Noisy latents in a batch
 ):                   # loss_fn(net, generator) for `fit`; net is a `GuidedUNet`
-    "|student(x, t, words, w) - cfg(uncond, text, w)|^2, w even in its range (Meng et al. 2023, stage one)"
+    "|student(x, t, words, w) - cfg(uncond, text, w)|^2, w even in its range (Meng et al. 2023)"
     bs = check_number(bs, 'bs', 1, read=whole)
     def loss(net, g):
         x_in, t, words, uncond, text = _some(answers, bs, g, net.cond_proj.weight.device)
