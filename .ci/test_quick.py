@@ -785,6 +785,24 @@ def test_recipes_are_refused_in_words(tmp_path):
     check_place(tmp_path/'new')
     with pytest.raises(ValueError, match='something else'): check_place(tmp_path)
 
+def test_a_recipe_replaces_only_what_a_recipe_made(tmp_path):
+    from sdlearn.pocket.recipe import new_networks, save_checkpoint
+    vae, pair, unet = new_networks()
+    for _ in range(2): save_checkpoint(tmp_path/'mine', vae, pair, unet)
+    shutil.copytree(tmp_path/'mine', tmp_path/'yours')
+    (tmp_path/'yours'/'recipe.txt').unlink()                # as one that was trained further and saved
+    with pytest.raises(ValueError, match='something else'): save_checkpoint(tmp_path/'yours', vae, pair, unet)
+
+def test_a_handout_writes_over_nothing(tmp_path):
+    def hand(folder): return subprocess.run([sys.executable, root/'.ci'/'exercises', '--handout', folder], capture_output=True, encoding='utf8')
+    (tmp_path/'class').mkdir()
+    (tmp_path/'class'/'20_score.ipynb').write_text('solved', encoding='utf8')
+    for odd, said in ((tmp_path/'class', 'has 20_score.ipynb'), ('', 'a folder'), (tmp_path/'class'/'20_score.ipynb', 'a folder')):
+        done = hand(odd)
+        assert done.returncode and said in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert (tmp_path/'class'/'20_score.ipynb').read_text(encoding='utf8')=='solved'
+    assert hand(tmp_path/'new').returncode==0 and (tmp_path/'new'/'20_score.ipynb').exists()
+
 def test_contrast():
     from sdlearn.idea.contrast import contrastive_loss, retrieval
     eye = torch.eye(4)
@@ -4201,6 +4219,34 @@ def test_a_whole_file_goes_before_its_parts():
     from sdlearn.folders import _best
     parts = ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     assert _best(['model.safetensors', *parts], None)==['model.safetensors'] and _best(parts, None)==parts
+
+def test_what_lies_beside_the_weights_of_a_network_is_read_as_diffusers_reads_it(tmp_path):
+    from diffusers import UNet2DConditionModel
+    from sdlearn.folders import read_arrays, weights_files
+    net = UNet2DConditionModel(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, cross_attention_dim=8, attention_head_dim=2,
+                               down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'))
+    net.save_pretrained(tmp_path)
+    shutil.copy(tmp_path/'diffusion_pytorch_model.safetensors', tmp_path.parent/'old')
+    with torch.no_grad(): net.conv_in.weight.add_(1.)
+    net.save_pretrained(tmp_path, max_shard_size='60KB')
+    shutil.copy(tmp_path.parent/'old', tmp_path/'diffusion_pytorch_model.safetensors')
+    read = {k: v for f in weights_files(tmp_path) for k, v in read_arrays(f)[0].items()}
+    assert_close(read['conv_in.weight'], UNet2DConditionModel.from_pretrained(tmp_path).conv_in.weight.data)
+    for f in tmp_path.glob('*.index*'): f.unlink()
+    assert len(weights_files(tmp_path))==1
+
+def test_old_weights_in_half_precision_are_told(tmp_path):
+    import warnings
+    from safetensors.torch import save_file
+    from sdlearn.folders import weights_files
+    w = torch.randn(4, 3)
+    save_file(dict(w=w, one=torch.ones(())), tmp_path/'model.safetensors')
+    save_file(dict(w=w.half(), one=torch.ones(()).half()), tmp_path/'model.fp16.safetensors')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        weights_files(tmp_path, 'fp16')
+    save_file(dict(w=w*1.01, one=torch.ones(())), tmp_path/'model.safetensors')
+    with pytest.warns(UserWarning, match='model.fp16.safetensors holds other weights than model.safetensors'): weights_files(tmp_path, 'fp16')
 
 def packages_of(folder): # six sets that draw a fox (two of them alike), a swan and an orca; CLDR knows some more
     from sdlearn.pocket.emoji import sets

@@ -7,7 +7,7 @@ __all__ = ['pieces', 'pocket_path', 'safe_path', 'open_weights', 'read_arrays', 
            'weights_files', 'weights_file', 'check_folder', 'find_checkpoint', 'wanted_files', 'split_file', 'predicts']
 
 # %% ../nbs/95_folders.ipynb #4b7a3419
-import json, os, re
+import json, os, re, warnings
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -118,26 +118,43 @@ _usual_name = re.compile(r'^(\w+/)?(diffusion_pytorch_)?model(\.fp16)?(-\d{5}-of
                          r'(\.fp16)?\.safetensors$')
 
 def _best(names, variant): # of the files of one piece, those to read: half precision if asked for
+    # with an index, diffusers reads the parts although one file is there too; transformers does not
+    indexed = any('diffusion' in n and '.index' in n for n in names)
     plain = [n for n in names if n.endswith('.safetensors') and 'non_ema' not in n]
     plain = [n for n in plain if _usual_name.search(n)] or plain
     half = [n for n in plain if '.fp16' in n]
     whole = [n for n in plain if n not in half]
     chosen = half or whole if variant=='fp16' else whole or half
-    single = [n for n in chosen if not re.search(r'-\d{5}-of-\d{5}', n)]
-    return single[:1] or chosen
+    parts = [n for n in chosen if re.search(r'-\d{5}-of-\d{5}', n)]
+    single = [n for n in chosen if n not in parts]
+    return parts if indexed and parts else single[:1] or parts
 
 def weights_files(
     folder:Path,          # A piece's folder, e.g. .../unet
     variant:str=None,     # "fp16" prefers the half-precision files where there are some
 )->list:                  # One safetensors file, or all the parts of a large one
     "Find a piece's weights: safetensors only, complete, readable to the end"
-    names = _best(sorted(f.name for f in folder.glob('*.safetensors')), variant)
+    there = sorted(f.name for f in folder.glob('*.safetensors*'))
+    names = _best(there, variant)
     if not names: raise ValueError(_no_weights(folder))
     parts = int(m[1]) if (m := re.search(r'-of-(\d{5})', names[0])) else 1
     if len(names)!=parts:
         raise ValueError(f"expected {parts} parts of the weights in {folder}, "
                          f"found {len(names)}. Download it again.")
-    return [_check_weights(folder/n) for n in names]
+    found = [_check_weights(folder/n) for n in names]
+    _warn_other(found[0], folder/_best(there, None)[0])
+    return found
+
+def _warn_other(taken, plain): # half precision, of what may have been trained further since
+    if taken==plain or _alike(taken, plain): return
+    warnings.warn(f"{taken} holds other weights than {plain.name} beside it, and is the one that "
+                  "is read in float16. Delete the one that is out of date.")
+
+def _alike(*files): # told by the first row of each array
+    with open_weights(files[0]) as a, open_weights(files[1]) as b:
+        def row(f, k): return f.get_slice(k)[:1].float()
+        both = [k for k in a.keys() if k in b.keys() and a.get_slice(k).get_shape()]
+        return all(row(a, k).allclose(row(b, k), rtol=2e-3, atol=1e-4) for k in both)
 
 def weights_file(folder:Path, variant:str=None)->Path:
     "The first of `weights_files`"

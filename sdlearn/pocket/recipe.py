@@ -219,7 +219,7 @@ def only_images(
 guidance = 4. # Subjects are best; at 1 they are half-formed, at 14 burned (see `evaluate`)
 
 def save_checkpoint(
-    out,              # Gets a diffusers folder; a checkpoint that is there is replaced
+    out,              # Gets a diffusers folder; one that a recipe made is replaced
     vae, pair, unet,  # `VAE`, `Pair`, `UNet`
 ):
     "Half-precision safetensors in the layout that all versions of diffusers and transformers read"
@@ -232,6 +232,7 @@ def save_checkpoint(
     _write_clip(part/'clip', pair)
     (part/'pocket.json').unlink()             # pocket's own numbers
     update_facts(part, subjects=len(scenes.subjects()), guidance_scale=guidance)
+    write_text(part/_made, 'Another run of python -m sdlearn.pocket train may replace this folder\n')
     old = out.with_name(f'.{out.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if out.exists(): os.replace(out, old)     # a kill leaves one of the two
@@ -242,11 +243,13 @@ def save_checkpoint(
 def check_place(
     out:Path, # Where a checkpoint shall go
 ):
-    "Only a checkpoint is ever overwritten"
-    if out.exists() and not (out/'model_index.json').exists():
+    "Only a checkpoint that a recipe made is ever overwritten"
+    if out.exists() and not (out/_made).exists():
         if not out.is_dir() or any(out.iterdir()):
             raise ValueError(f"expected a new folder for the checkpoint, got {out}, which holds "
                              "something else. Choose another name.")
+
+_made = 'recipe.txt' # only a recipe writes it: a checkpoint saved elsewhere is somebody's work
 
 def _check_apart(run, out): # a checkpoint may lie in its run, not around it: it replaces all
     inner, outer = run.resolve(), out.resolve()
