@@ -840,6 +840,37 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     for step in train_steps(lambda g: line_loss(hand, g), trained(hand), 8, lr=1e-2, warmup=1): pass
     assert_close([*step.averaged.values()], [p.detach() for p in whole.parameters()], rtol=0, atol=0)
 
+def test_a_training_goes_on_from_its_own_start_alone(tmp_path):
+    from sdlearn.train import fit
+    def net(seed):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(1, 1)
+    def go_on(net): fit(net, line_loss, 4, tmp_path/'s.pt', progress=False)
+    mine = net(0)
+    for m in (mine, net(0), mine): go_on(m)         # at first, as another program does, once more
+    other = net(1)
+    before = other.weight.clone()
+    with pytest.raises(ValueError, match='started from others'): go_on(other)
+    assert torch.equal(other.weight, before)
+
+def test_a_training_stopped_by_hand_keeps_its_last_step(tmp_path, monkeypatch):
+    from sdlearn import train
+    from sdlearn.train import fingerprint, fit, load_state
+    torch.manual_seed(0)
+    net, calls, how = torch.nn.Linear(1, 1), [], dict(lr=1e-2, progress=False)
+    whole = copy.deepcopy(net)
+    losses = fit(whole, line_loss, 5, **how)
+    def stopped(net, g):
+        calls.append(1)
+        if len(calls)==3:
+            line_loss(net, g).backward()
+            raise KeyboardInterrupt
+        return line_loss(net, g)
+    monkeypatch.setattr(train, 'fingerprint', lambda x: 'one' if callable(x) else fingerprint(x))
+    with pytest.raises(KeyboardInterrupt): fit(net, stopped, 5, tmp_path/'s.pt', **how)
+    assert load_state(tmp_path/'s.pt')['step']==2
+    assert fit(net, stopped, 5, tmp_path/'s.pt', **how)==losses and torch.equal(net.weight, whole.weight)
+
 def test_training_stops_before_the_first_nan(tmp_path):
     from sdlearn.train import batch_rng, fit, load_state
     def bad(net, g): # a finite loss without a slope at step 2
@@ -2981,6 +3012,14 @@ def test_a_fingerprint_is_the_same_in_a_cell_and_in_a_module():
     for other in (body.replace('<.5', '<.6'), body.replace('+net', '-net'), body.replace('rand(', 'randn('), body.replace('<.5', '>.5')):
         exec(compile('import torch\n'+other, 'module', 'exec'), module)
         assert fingerprint(cell['loss'])!=fingerprint(module['loss']), other
+
+def test_a_page_is_written_over_no_other(tmp_path, monkeypatch):
+    from sdlearn import page
+    monkeypatch.setattr(page, 'page_settings', lambda *args: {})
+    (tmp_path/'index.html').write_text('mine', encoding='utf8')
+    with pytest.raises(ValueError, match='another index.html'): page.write_page(None, tmp_path, runtime=False)
+    for f in page.web_path().iterdir(): shutil.copy(f, tmp_path)
+    with pytest.raises(AttributeError): page.write_page(None, tmp_path, runtime=False)      # goes on to the networks
 
 # ---------------------------------------------------------------- the idea, on digits
 

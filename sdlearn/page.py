@@ -238,13 +238,19 @@ def write_page(
 )->Path:               # The folder, which any web server can serve
     "A page that draws with this checkpoint in the reader's browser"
     said = page_settings(sd, prompt, seed, 'decoder' if small is None else 'sketch', load)
-    folder = as_folder(folder)
+    _check_page(folder := as_folder(folder))
     if runtime is not False: _add_runtime(folder, runtime)
     write_networks(sd, folder, small)
     for file in web_path().iterdir(): shutil.copy(file, folder)
     write_merges(sd.tokenizer, folder/'merges.txt')
     write_text(folder/'settings.json', json.dumps(said, indent=1))
     return folder
+
+def _check_page(folder): # beside a page of ours lie all its files
+    if not (folder/'index.html').exists(): return
+    if missing := [f.name for f in web_path().iterdir() if not (folder/f.name).exists()]:
+        raise ValueError(f"expected a new folder, or one with a page of ours, got {folder} with "
+                         f"another index.html: it has no {missing[0]}. Choose another name.")
 
 def _add_runtime(folder, package): # from the file given, or from npm
     with tempfile.TemporaryDirectory() as there:

@@ -10,7 +10,7 @@ __all__ = ['batch_rng', 'step_of', 'save_state', 'load_state', 'differences', 'c
 # %% ../nbs/91_train.ipynb #08907efe
 import dis, hashlib, math, pickle, re, struct, time
 from dataclasses import dataclass, fields, is_dataclass
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path, PurePath
 from types import (BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType,
@@ -237,11 +237,13 @@ def train_steps(
     device = next(iter(params.values())).device
     opt, scaler = _optimizer(params, lr, weight_decay, mixed_precision)
     averaged = {k: p.detach().clone() for k, p in params.items()}
+    opt.zero_grad()       # of a step that was stopped by hand
     first = 0 if state is None else _restore(state, params, averaged, opt, scaler)
     at = [first]          # the step whose state can be had
     for i in range(first, n):
         for group in opt.param_groups: group['lr'] = lr*lr_factor(i, n, warmup, decay)
         loss = _seeded(loss_fn, batch_rng(seed, i, rank), device, mixed_precision)
+        at[0] = None
         good = _update(loss, [*params.values()], opt, scaler)
         if good: _average(averaged, params, ema_decay(i, ema))
         at[0] = i
@@ -287,6 +289,11 @@ def _restore(state, params, averaged, opt, scaler):
     if {k: tuple(p.shape) for k, p in state['params'].items()}!=shapes:
         raise ValueError("expected the state of these weights, got one with other names or "
                          "shapes. Delete it, or choose another path.")
+    # as they were when the training began, when it was stopped by hand, or when it had ended
+    known = state.get('start'), *(fingerprint(state[k]) for k in ('params', 'averaged'))
+    if known[0] and fingerprint(params) not in known:
+        raise ValueError("expected the state of these weights, got one that started from others. "
+                         "Delete it, or choose another path.")
     put(params, state['params'])
     put(averaged, state['averaged'])
     opt.load_state_dict(state['optimizer'])
@@ -419,6 +426,7 @@ def fit(
     mark = dict(loss_and_data=fingerprint(made), seed=seed, **settings, **length)
     mine = path if here.is_main_process else None # one of several writes
     with one_writer(mine):
+        start = fingerprint(params)
         state, losses = _go_on(path, mark, steps)
         averaged = state['averaged'] if state else {}
         if state: put(dict(model.named_buffers()), state['buffers'])
@@ -427,8 +435,9 @@ def fit(
                            total=steps)
         save = saver(mine, save_every)
         def now(): # asked for when it is time to save, not at every step
-            return step.state()|dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()))
-        for step in bar:
+            return step.state()|dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()),
+                                     start=state['start'] if state else start)
+        for step in _kept(bar, save, now):
             if not step.good: _stop(step, path)
             losses.append(step.loss)
             averaged = step.averaged
@@ -451,6 +460,16 @@ def averaged_weights(
     finally: put(params, before)
 
 # %% ../nbs/91_train.ipynb #53647f3a
+def _kept(steps, save, now): # stopped by hand, the last step is saved, if it is whole
+    met = False
+    try:
+        for step in steps:
+            met = True
+            yield step
+    except KeyboardInterrupt:
+        with suppress(ValueError): save(met, now)
+        raise
+
 def _go_on(path, mark, n): # the saved state, when it is of this training; its losses
     if not (path and Path(path).exists()): return None, []
     state = load_state(path)
@@ -459,7 +478,7 @@ def _go_on(path, mark, n): # the saved state, when it is of this training; its l
     if odd := differences(said, mark):
         raise ValueError(f"expected {path} to hold a state of this training, got another: "
                          f"{odd}. Delete it, or choose another path.")
-    if lost := {'step', 'losses', 'buffers', 'averaged'}-{*state}:
+    if lost := {'step', 'losses', 'buffers', 'averaged', 'start'}-{*state}:
         raise ValueError(f"expected {path} to hold a whole state, {', '.join(sorted(lost))} is "
                          "missing. Delete it, or choose another path.")
     if state['step']>n:

@@ -232,7 +232,7 @@ def save_checkpoint(
     _write_clip(part/'clip', pair)
     (part/'pocket.json').unlink()             # pocket's own numbers
     update_facts(part, subjects=len(scenes.subjects()), guidance_scale=guidance)
-    write_text(part/_made, 'Another run of python -m sdlearn.pocket train may replace this folder\n')
+    write_text(part/_made, 'python -m sdlearn.pocket train may replace this folder\n')
     old = out.with_name(f'.{out.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if out.exists(): os.replace(out, old)     # a kill leaves one of the two
