@@ -2974,6 +2974,83 @@ def test_the_command_keeps_pictures_apart_from_the_film(tmp_path, monkeypatch, c
         assert 'expected p.png to say what' in refused('--again', 'p.png', '-o', 'n.png')
     assert not (tmp_path/'n.png').exists()
 
+def test_the_command_takes_care_of_what_is_there(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    from safetensors.torch import save_file
+    from sdlearn import cli
+    from sdlearn.adapt.inversion import save_word
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'in').mkdir()
+    for name in ('a.png', 'b.png'): Image.new('RGB', (16, 16)).save(tmp_path/'in'/name)
+    (tmp_path/'in'/'c.heic').write_bytes(b'no picture')
+    monkeypatch.setattr(cli, '_load', lambda *args, **kw: 1/0)      # the checks come before
+    def learn(*more): return cli.main(['learn', 'in', '--word', '<t>', '--from', 'teddy', *more])
+    save_file(dict(w=torch.ones(1), v=torch.ones(1)), 'model.safetensors')
+    for more, said in ((('-o', 'model.safetensors'), 'no model.safetensors here yet, which keeps v, w'), (('-o', ''), 'a name behind --output'),
+                       (('--device', ''), 'a name behind --device'), (('-o', 'in'), '.safetensors file')):
+        assert learn(*more)==1 and said in capsys.readouterr().err, said
+    (tmp_path/'d.safetensors').mkdir()
+    assert learn('-o', 'd.safetensors')==1 and 'a file in a folder' in capsys.readouterr().err
+    assert cli.main(['learn', '', '--word', '<t>', '--from', 'teddy'])==1 and 'a name behind --folder' in capsys.readouterr().err
+    save_word('t.safetensors', '<t>', torch.ones(1, 4))
+    with pytest.raises(ZeroDivisionError): learn('-o', 't.safetensors')         # this very word
+    assert '1 of 3 files' in (err := capsys.readouterr().err) and 'c.heic' in err
+    assert learn()==1 and 'no t.safetensors here yet' in capsys.readouterr().err
+    save_word('t.safetensors', '<u>', torch.ones(1, 4))
+    assert learn('-o', 't.safetensors')==1 and 'which keeps <u>' in capsys.readouterr().err
+    with pytest.raises(SystemExit): cli.main(['a', 'fox', 'in', 'the', 'snow'])
+    assert 'in quotes: sdlearn "A picture' in capsys.readouterr().err
+
+def test_the_command_draws_what_is_meant(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    from sdlearn import cli
+    from sdlearn.adapt.inversion import save_word
+    monkeypatch.chdir(tmp_path)
+    small = ['--steps', '1', '--seed', '1']
+    assert cli.main(['a fox', *small, '--n', '3', '--grid', '--height', '16', '--width', '16', '-o', 'g.png'])==0
+    assert cli.main(['--again', 'g.png', '--n', '2', '-o', 'h.png'])==0
+    assert Image.open('h.png').size==(32, 16) and not (tmp_path/'h-0.png').exists()
+    Image.new('RGB', (300, 100)).save('wide.png')
+    for asked, size in ((['--height', '32'], (96, 32)), (['--width', '48'], (48, 16)), (['--width', '48', '--height', '32'], (48, 32))):
+        assert cli.main(['a fox', *small, '--image', 'wide.png', *asked, '-o', 'w.png'])==0 and Image.open('w.png').size==size
+    save_word('t.safetensors', '<t>', torch.ones(1, 128))
+    tiny = [*small, '--height', '16', '--width', '16', '--word', 't.safetensors', '-o', 't.png']
+    capsys.readouterr()
+    assert cli.main(['a fox', *tiny])==0 and '<t>, learned in t.safetensors, is in neither prompt' in capsys.readouterr().err
+    for said in (['a <T>'], ['a fox', '--negative', '<t>']): assert cli.main([*said, *tiny])==0 and 'neither' not in capsys.readouterr().err
+    assert cli.main(['a fox', '--model', 'pocket'])==1 and 'pocket comes without a name' in capsys.readouterr().err
+    monkeypatch.setattr(cli, 'make_pictures', lambda args: open(tmp_path))
+    assert cli.main(['a fox'])==1 and f"expected to be able to use '{tmp_path}', but: Is a directory" in capsys.readouterr().err
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='a disk that is always full')
+@pytest.mark.parametrize('closed', [True, False])
+def test_the_command_draws_though_nobody_reads_along(tmp_path, closed):
+    reader, there = os.pipe()
+    os.close(reader)
+    out = there if closed else open('/dev/full', 'w')
+    done = subprocess.run([sys.executable, '-m', 'sdlearn', 'a fox', '--n', '2', '--steps', '1', '--height', '16', '--width', '16', '-o', tmp_path/'a.png'],
+                          stdout=out, stderr=subprocess.PIPE, env=os.environ|dict(PYTHONPATH=str(root)), encoding='utf8')
+    assert done.returncode==0 and 'rror' not in done.stderr and len([*tmp_path.glob('a-*.png')])==2, done.stderr
+
+@pytest.mark.skipif(os.name=='nt', reason='no such permissions there')
+def test_weights_are_as_readable_as_other_files_or_said_not_to_be(tmp_path, monkeypatch):
+    from sdlearn import folders
+    file = folders.write_weights(tmp_path/'w.safetensors', dict(w=torch.ones(1)))
+    (tmp_path/'other').write_text('')
+    assert file.stat().st_mode==(tmp_path/'other').stat().st_mode
+    def closed(path, *args): raise PermissionError(13, 'Permission denied', str(path))
+    monkeypatch.setattr(folders, 'open', closed, raising=False)
+    with pytest.raises(OSError, match='able to read .*w.safetensors.*, but: Permission denied'): folders.read_arrays(file)
+
+def test_a_word_whose_name_cannot_be_is_called_otherwise(tmp_path):
+    from safetensors.torch import save_file
+    from sdlearn import load_sd
+    sd = load_sd(networks='own')
+    for name in ('My Word', 'moose'):
+        save_file(dict(emb_params=torch.ones(1, 128)), tmp_path/f'{name}.safetensors')
+        with pytest.raises(ValueError, match=r'load_word\(file, token='): sd.load_word(tmp_path/f'{name}.safetensors')
+    assert sd.load_word(tmp_path/'moose.safetensors', '<moose>').unload()
+
 def test_diffusers_own_infinity_is_read(tmp_path):
     from sdlearn.load import load_sd
     assert load_sd(changed(tmp_path/'a', 'scheduler/scheduler_config.json', says(lambda_min_clipped=-math.inf)), networks="own").guidance_scale==4

@@ -58,7 +58,7 @@ _names = dict(prompt='prompt', negative_prompt='negative', num_inference_steps='
               height='height', width='width', n='n', model='model', image='image', mask='mask',
               word='word', lora='lora', fast='fast')
 
-_are_names = 'output', 'gif', 'image', 'mask', 'again', 'model', 'device', 'sampler'
+_are_names = ('output', 'gif', 'image', 'mask', 'again', 'model', 'device', 'sampler', 'folder')
 
 def _lies(name, path, k): # where a file lies whose name a picture remembers: beside it, or here
     places = [Path(path).parent/name, Path(name)]
@@ -81,7 +81,7 @@ def _check_said(said, path): # a picture from elsewhere may say anything
     from sdlearn.core import real, whole
     counts = 'steps', 'seed', 'height', 'width', 'n'
     for k, v in ((k, v) for k, many in said.items() for v in _each(k, many)):
-        if k=='fast' and v is True: continue
+        if k in ('fast', 'grid') and v is True: continue
         numbers = whole if k in counts else real if k in ('guidance', 'strength') else None
         if (numbers(v) is None) if numbers else not (isinstance(v, str) and (v or k=='negative')):
             raise ValueError(f"expected {Path(path).name} to say what --{k} was, got {v!r}")
@@ -91,28 +91,35 @@ def _each(k, said): # words and LoRAs come as lists
 
 def _as_before(path, given): # options out of a picture, without those that are given anew
     said = {_names[k]: v for k, v in read_settings(path).items() if k in _names}
+    if 'n' in said: said['grid'] = True
     left = {'steps', 'sampler', 'guidance'} if 'fast' in given else set() # a student has its own
     said = {k: v for k, v in said.items() if k not in {*given}|left}
     _check_said(said, path)
     for k in {'image', 'mask'}&said.keys(): said[k] = _lies(said[k], path, k)
     for k in {'word', 'lora'}&said.keys():
         said[k] = [_lies_scaled(v, path, k) for v in _each(k, said[k])]
-    if 'n' in said: said['grid'] = True
     if said.get('model')=='pocket': said.pop('model')
     if 'model' in said and '/' not in said['model']:
         raise ValueError(f"expected to know where the model {said['model']!r} lies: a picture "
                          "remembers only its name. Give the folder or file with --model.")
     return said
 
+def _given(p, argv): # what is said behind options
+    known, more = p.parse_known_args(argv)
+    if more:
+        p.error(f"unrecognized arguments: {' '.join(more)}. What has several words stands in "
+                'quotes: sdlearn "A picture of a panda"')
+    names = {k: v for k, v in vars(known).items() if isinstance(v, str) and k in _are_names}
+    if odd := [k for k, v in names.items() if not v or '\0' in v]:
+        raise ValueError(f"expected a name behind --{odd[0]}, got {names[odd[0]]!r}")
+    # --gif=~/film.gif: no shell did
+    return vars(known)|{k: os.path.expanduser(v) for k, v in names.items()}
+
 def parse(
     argv=None, # Arguments; those of the command line when missing
 )->argparse.Namespace:
     "What is asked: what is given, else what --again finds in a picture, else the usual"
-    given = vars(parser().parse_args(argv))
-    names = {k: v for k, v in given.items() if isinstance(v, str) and k in _are_names}
-    if odd := [k for k, v in names.items() if not v or '\0' in v]:
-        raise ValueError(f"expected a name behind --{odd[0]}, got {names[odd[0]]!r}")
-    given |= {k: os.path.expanduser(v) for k, v in names.items()}   # --gif=~/film.gif: no shell did
+    given = _given(parser(), argv)
     before = _as_before(given['again'], given) if 'again' in given else {}
     return argparse.Namespace(**_usual|before|given)
 
@@ -248,8 +255,16 @@ def _load(args, half=True):
     return load_sd(args.model, device, torch.float16 if half else torch.float32, networks='own',
                    fast=getattr(args, 'fast', False))
 
+def _warn_unsaid(file, prompts): # a word is heard where it is said
+    from sdlearn.adapt.inversion import read_words
+    if unsaid := [w for w in read_words(file) if w.lower() not in prompts]:
+        warnings.warn(f"{', '.join(unsaid)}, learned in {Path(file).name}, is in neither prompt: "
+                      "it changes nothing")
+
 def _load_learned(sd, args): # words and LoRAs, on top of it
-    for file in args.word: sd.load_word(file)
+    for file in args.word:
+        sd.load_word(file)
+        _warn_unsaid(file, f'{args.prompt} {args.negative}'.lower())
     for file, scale in map(_scaled, args.lora): sd.load_lora(file, scale)
     return sd
 
@@ -265,9 +280,10 @@ def _open(path): # a picture that people have
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"expected a picture in {path!r}, but: {e}") from None
 
-def _size(args, sd, size): # to draw at: what is asked, else as large as the model draws
+def _size(args, sd, size): # to draw at: one side takes the other along; none: the model's own
     from sdlearn.pipeline import native_size
-    scale = native_size(sd)/max(size)
+    scale = (args.width/size[0] if args.width else args.height/size[1] if args.height
+             else native_size(sd)/max(size))
     w, h = (max(8, round(side*scale/8)*8) for side in size)
     return args.width or w, args.height or h
 
@@ -280,6 +296,7 @@ def _sources(args, sd): # the picture to start from and its mask, at the size of
     if mask and mask.size!=image.size:
         raise ValueError(f"expected a mask of the picture's size {image.size}, got {mask.size}")
     size = _size(args, sd, image.size)
+    _check_room(min(args.n, _at_once), *size)
     found = dict(image=ImageOps.fit(image, size))
     if mask: # what is white anywhere under a new pixel stays white
         found['mask'] = ImageOps.fit(mask.convert('F'), size, 4).point(lambda v: v*1e6).convert('L')
@@ -303,9 +320,13 @@ def _draw(args, sd, seed, frames): # pictures, as they are finished
         seeds = [seed+i for i in range(first, min(first+_at_once, args.n))]
         yield from _batch(args, sd, seeds, sources, None if first else watch)
 
+def _say(text): # nobody may read it any more, and its disk may be full: the pictures count
+    try: print(text, flush=True)
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def _write(im, file, info):
     save_picture(im, file, info)
-    print(file, flush=True)
+    _say(file)
 
 def _write_grid(pictures, file, args, seed): # what is finished, also when it is stopped
     from sdlearn.core import image_grid
@@ -324,7 +345,7 @@ def make_pictures(
     from sdlearn.core import save_animation, whole_file
     files, frames = _check(args), []
     seed = random.randrange(2**31) if args.seed is None else args.seed
-    print(f'seed {seed}', flush=True)
+    _say(f'seed {seed}')
     sd = _load_learned(_load(args), args)
     own = dict(guidance=sd.guidance_scale, steps=sd.num_inference_steps, sampler=sd.sampler)
     for k, v in own.items(): # a picture remembers what was taken
@@ -336,7 +357,7 @@ def make_pictures(
             _write(im, file, settings(args, seed+i))
     if not args.gif: return
     whole_file(args.gif, lambda part: save_animation(frames, part, fps=8))
-    print(args.gif)
+    _say(args.gif)
 
 def learn_parser()->argparse.ArgumentParser:
     "The options of `sdlearn learn`"
@@ -358,11 +379,21 @@ def learn_parser()->argparse.ArgumentParser:
 def _pictures_in(folder): # those that can be read, by name
     from PIL import Image
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    folder = os.path.expanduser(folder)
     if not Path(folder).is_dir(): raise ValueError(f"expected a folder of pictures, got {folder!r}")
-    files = [f for f in sorted(Path(folder).iterdir()) if f.suffix.lower() in kinds]
+    there = sorted(f for f in Path(folder).iterdir() if f.is_file() and f.name[0]!='.')
+    files = [f for f in there if f.suffix.lower() in kinds]
+    if left := [f.name for f in there if f not in files]:
+        warnings.warn(f"{len(left)} of {len(there)} files in {folder!r} are no pictures that can "
+                      f"be read here, and are left out: {', '.join(left[:5])}")
     if files: return [_open(str(f)) for f in files]
     raise ValueError(f"expected pictures in {folder!r}, found none")
+
+def _check_replaced(file, args): # only a file of this very word, when it is named
+    from sdlearn.folders import open_weights
+    with open_weights(file) as f: holds = [*f.keys()]
+    if holds==[args.word] and args.output: return
+    raise ValueError(f"expected no {file} here yet, which keeps {', '.join(holds[:3])}. Write to "
+                     f"another file with -o{f', or to it' if holds==[args.word] else ''}.")
 
 def learn(
     argv, # Arguments behind `learn`
@@ -370,20 +401,20 @@ def learn(
     "A folder of pictures becomes a word in a file; a run that was stopped goes on"
     from sdlearn.adapt.inversion import learn_word, save_word
     from sdlearn.folders import safe_path
-    args = learn_parser().parse_args(argv)
+    args = argparse.Namespace(**_given(learn_parser(), argv))
     bare = re.sub(r'[^\w-]', '', args.word)     # no / that would lead elsewhere
-    name = args.output or f"{bare or 'word'}.safetensors"
-    file = safe_path(name)
-    if not file.parent.is_dir(): raise ValueError(f"expected a folder that exists for {name!r}")
-    if file.exists() and not args.output: # another word may bear this name
-        raise ValueError(f"expected no {name} here yet, which keeps a learned word. Write to it, "
-                         "or to another file, with -o.")
+    file = writable(args.output or f"{bare or 'word'}.safetensors", safe_path)
+    if file.exists(): _check_replaced(file, args)
     pictures, state = _pictures_in(args.folder), file.with_suffix('.state')
     rows, _ = learn_word(_load(args, half=False), pictures, args.word, args.start,
                          vectors=args.vectors, steps=args.steps, seed=args.seed, path=state)
     save_word(file, args.word, rows)
     for done in (state, Path(f'{state}.lock')): done.unlink(missing_ok=True)
-    print(f'{file}: sdlearn "a picture of a {args.word}" --word {shlex.quote(str(file))}')
+    _say(f'{file}: sdlearn "a picture of a {args.word}" --word {shlex.quote(str(file))}')
+
+def _sentence(e): # the system names a file that nobody may read, and why
+    if not getattr(e, 'filename', None): return e
+    return f'expected to be able to use {e.filename!r}, but: {e.strerror}'
 
 def main(
     argv=None,  # Arguments; those of the command line when missing
@@ -402,10 +433,10 @@ def main(
             if argv[:1]==['learn']: learn(argv[1:])
             else: make_pictures(parse(argv))
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as e:
-        print(f'sdlearn: {e}', file=sys.stderr)
+        print(f'sdlearn: {_sentence(e)}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        left = ('the same command goes on where it last saved, which it does every minute'
+        left = ('the same command goes on from what was saved, if it had begun'
                 if argv[:1]==['learn'] else 'what is named above is finished')
         print(f'sdlearn: stopped; {left}', file=sys.stderr)
         return 130

@@ -36,9 +36,13 @@ def open_weights(
 ):             # A context with the opened file: `keys`, `get_tensor`, `metadata`
     "A file of weights, or a sentence that says what is wrong with it"
     from safetensors import safe_open, SafetensorError
-    if not file.is_file():
+    try: open(file, 'rb').close()
+    except FileNotFoundError:
         raise FileNotFoundError(f"expected a file, and there is none at {str(file)!r}. "
-                                "Check the path.")
+                                "Check the path.") from None
+    except OSError as e:
+        raise OSError(f"expected to be able to read {str(file)!r}, but: {e.strerror}. "
+                      "Check the path, and who may read it.") from None
     try:
         with safe_open(file, 'pt') as f: yield f
     except (OSError, SafetensorError) as e:
@@ -74,8 +78,11 @@ def write_weights(
     arrays = {k: v.detach().cpu().contiguous() for k, v in arrays.items()}
     as_folder(file.parent)
     def write(part):
+        part.touch()    # as readable as other files: safetensors keeps its own to itself
+        mode = part.stat().st_mode
         try: save_file(arrays, part, dict(notes or {}, format='pt'))
         except SafetensorError as e: raise OSError(str(e)) from None
+        part.chmod(mode)
     whole_file(file, write)
     return file
 
@@ -201,7 +208,7 @@ def find_checkpoint(
     if path.suffix in _files or str(name).startswith(('.', '/', '~')) or str(name).count('/')!=1:
         raise ValueError("expected a folder, a .safetensors file or a hub name such as "
                          f"'CompVis/stable-diffusion-v1-4', got {str(name)[:99]!r}, which is none "
-                         "of them. Check the path.")
+                         "of them. Check the path; pocket comes without a name.")
     return _download(str(name), variant)
 
 def wanted_files(

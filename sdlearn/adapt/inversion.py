@@ -122,7 +122,7 @@ def add_words(
     if not isinstance(words, dict):
         raise ValueError(f"expected words with their vectors, as a dict, got {words!r}")
     for token, rows in words.items():
-        check_token(sd.tokenizer, token)
+        _check_name(sd.tokenizer, token)
         _check_rows(sd.text_encoder, token, rows)
     before, old = sd.tokenizer, _table(sd.text_encoder)
     if len(before)!=len(old):
@@ -154,6 +154,12 @@ def check_token(
     if re.search(r'_\d+$', token):
         raise ValueError(f"expected a new word that does not end like a count, got {token!r}: "
                          "'<tiny>_1' is the second vector of '<tiny>'")
+
+def _check_name(tokenizer, token): # of a word that comes with a name, perhaps its file's
+    try: check_token(tokenizer, token)
+    except ValueError as e:
+        raise ValueError(f"{e} To call it otherwise: load_word(file, token=...); a file with "
+                         "emb_params inside can be renamed.") from None
 
 def _check_rows(text_encoder, token, rows):
     d = _table(text_encoder).shape[1]
