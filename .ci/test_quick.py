@@ -1276,9 +1276,9 @@ def test_plans_start_where_they_should():
     assert make_plan('ddim', 10, Schedule(steps_offset=0)).timesteps[-1]==0
     assert make_plan('ddim', 10, Schedule(steps_offset=3)).timesteps[-1]==3
     assert make_plan('euler', 10, Schedule(num_train_timesteps=500)).timesteps[0]==499
-    said = read_schedule(dict(beta_start=.001, beta_end=.02))
+    said = read_schedule(dict(beta_start=.001, beta_end=.02, beta_schedule='linear'))
     assert said.steps_offset==0 and said.set_alpha_to_one is None           # as diffusers takes what is not said
-    said = read_schedule(dict(beta_start=.001, beta_end=.02, steps_offset=1))
+    said = read_schedule(dict(beta_start=.001, beta_end=.02, beta_schedule='linear', steps_offset=1))
     assert make_plan('ddim', 5, said).sigmas[-1]==0<make_plan('pndm', 5, said).sigmas[-1]
 
 def test_one_scheduler_object_serves_two_pictures_at_once():
@@ -2915,6 +2915,70 @@ def test_a_checkpoint_that_does_not_say_its_side(tmp_path):
     for i, (side, pixels) in enumerate(((None, 512), ([16, 24], 192), (8, 64))):
         sd = load_sd(changed(tmp_path/str(i), 'unet/config.json', says(sample_size=side)), networks='own')
         assert native_size(sd)==pixels and f'{pixels} pixels' in repr(sd)
+
+def test_a_wide_checkpoint_draws_wide(tmp_path):
+    from sdlearn import load_sd, txt2img
+    sd = load_sd(changed(tmp_path/'a', 'unet/config.json', says(sample_size=[2, 4])), networks='own')
+    for asked, size in ((dict(), (32, 16)), (dict(height=24), (32, 24))):
+        assert txt2img(sd, 'a fox', num_inference_steps=1, progress=False, **asked)[0].size==size
+
+def test_a_half_said_schedule_is_refused():
+    whole = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', _class_name='DDIMScheduler')
+    read_schedule(whole)
+    for k in ('beta_start', 'beta_end', 'beta_schedule'):
+        with pytest.raises(ValueError, match=f'{k}=None'): read_schedule({n: v for n, v in whole.items() if n!=k})
+
+@pytest.mark.parametrize('offset', [dict(steps_offset=0), {}])
+def test_an_outdated_offset_is_read_as_diffusers_pipeline_reads_it(tmp_path, offset):
+    import diffusers
+    from sdlearn import load_sd, txt2img
+    from sdlearn.core import seeded_noise
+    name, said = 'scheduler/scheduler_config.json', dict(_class_name='DDIMScheduler', beta_start=.00085, beta_end=.012,
+        beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False, **offset)
+    folder = changed(tmp_path/'a', name, lambda text: json.dumps(said))
+    index = json.loads((folder/'model_index.json').read_text(encoding='utf8'))|dict(scheduler=['diffusers', 'DDIMScheduler'])
+    (folder/'model_index.json').unlink()        # a link
+    (folder/'model_index.json').write_text(json.dumps(index), encoding='utf8')
+    pipe, sd = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None), load_sd(folder)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe('a fox', num_inference_steps=2, guidance_scale=4., latents=seeded_noise((4, 8, 8), [5]), height=64, width=64).images[0]
+    ours = txt2img(sd, 'a fox', num_inference_steps=2, guidance_scale=4., seed=5, height=64, width=64, sampler='ddim', progress=False)[0]
+    assert abs(np.asarray(ours).astype(int)-np.asarray(theirs)).max()<=2
+
+def test_a_warm_up_that_is_not_drawn_is_told(tmp_path):
+    from sdlearn import load_sd
+    for i, said in enumerate((dict(skip_prk_steps=False), dict(skip_prk_steps=True))):
+        folder = changed(tmp_path/str(i), 'scheduler/scheduler_config.json', says(_class_name='PNDMScheduler', **said))
+        assert ('skip_prk_steps' in str(heard(lambda: load_sd(folder, networks='own'))))==(i==0)
+
+def test_a_log_linear_scheduler_starts_late_where_its_own_does():
+    import diffusers
+    config = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', interpolation_type='log_linear')
+    theirs = diffusers.EulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(5)
+    plan, x0, z = make_plan(theirs, 5), torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    assert_close(plan.sigmas, theirs.sigmas[:6].tolist())
+    theirs.set_begin_index(2)
+    assert_close(plan.after(2).start(z, x0), theirs.add_noise(x0, z, theirs.timesteps[2:3]))
+
+def test_schedulers_and_pipelines_that_do_not_fit_are_refused_in_words():
+    import diffusers
+    from sdlearn import load_sd, txt2img
+    config = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False)
+    for odd, said in ((diffusers.PNDMScheduler(**{k: v for k, v in config.items() if k!='clip_sample'}), 'skip_prk_steps=True'),
+                      (diffusers.DDPMScheduler(**config, variance_type='learned_range'), "variance_type='learned_range'")):
+        with pytest.raises(ValueError, match=said): make_plan(odd, 5)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(load_sd(networks='own').path, safety_checker=None)
+    with pytest.raises(ValueError, match='expected what load_sd gives, got StableDiffusionPipeline'): txt2img(pipe, 'a fox')
+
+@pytest.mark.parametrize('kind', [torch.float16, torch.float64])
+def test_noise_levels_are_whatever_torchs_default(kind):
+    from sdlearn import schedule
+    right, other = schedule.sigmas_train(), Schedule(beta_end=.0121)
+    torch.set_default_dtype(kind)
+    try: assert torch.equal(schedule.sigmas_train(), right) and schedule.sigma_at(999, other)>0
+    finally: torch.set_default_dtype(torch.float32)
+    assert schedule.sigma_at(999, other)==schedule.sigmas_train(other)[-1].item()
 
 def test_what_steps_and_asks_is_checked_at_the_door(tmp_path):
     from sdlearn import load_sd, txt2img

@@ -242,9 +242,13 @@ def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
     if said.get('_class_name')=='LCMScheduler':
         warnings.warn("this checkpoint is made for LCMScheduler, which is none of the samplers "
                       "here: it may draw badly. Draw with diffusers' own pipeline.")
+    if said.get('_class_name')=='PNDMScheduler' and not said.get('skip_prk_steps'):
+        warnings.warn("this checkpoint's PNDMScheduler does not skip its first Runge-Kutta steps "
+                      "(skip_prk_steps), as 'pndm' here does: diffusers' own pictures differ.")
     scale = said.get('_guidance_scale', read_json(path/'pocket.json').get('guidance_scale', 7.5))
     notes = dict(guidance_scale=check_number(scale, 'a guidance_scale in the settings', 0),
-                 schedule=read_schedule(said))
+                 # diffusers' pipeline takes no other offset, and warns that the config is outdated
+                 schedule=replace(read_schedule(said), steps_offset=1))
     notes |= _check_liked({k: said[f'_{k}'] for k in _liked if f'_{k}' in said})
     if '_student' not in said: return notes
     return notes|read_made(said['_student']).settings(notes['schedule'])

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 from .core import (as_rgb, check_picture, check_tensor, generator_of, image_grid,
                           images_to_tensor, progress_bar, real, upright, whole)
-from .configs import latent_side
+from .configs import latent_size
 from .denoiser import noise_predictor
 from .guidance import check_scale
 from .sample import is_scheduler, make_plan, noise_from, sample
@@ -140,7 +140,7 @@ def txt2img(
     eps_fn=None,                 # eps_fn(x, sigma, t) to ask instead of prompt and guidance
 )->list:                         # PIL images, one per prompt
     "Text to image"
-    h, w = (native_size(sd) if side is None else side for side in (height, width))
+    h, w = (own if side is None else side for own, side in zip(_native(sd), (height, width)))
     asked = dict(negative_prompt=negative_prompt, guidance_scale=guidance_scale,
                  guidance_interval=guidance_interval)
     prompts = _prompts(prompt, eps_fn, seed, **asked)
@@ -192,8 +192,12 @@ def generate_with_embs(
 # %% ../nbs/38_pipeline.ipynb #01a8a42d
 def native_size(sd)->int: # Pixels
     "The side of the pictures a checkpoint was trained on: 128 for pocket, 512 for SD v1"
-    if not hasattr(sd, 'unet'): raise ValueError(f"expected what load_sd gives, got {sd!r}")
-    return 8*latent_side(sd.unet.config)
+    return max(_native(sd))
+
+def _native(sd): # height and width
+    if not hasattr(sd, 'unet') or not hasattr(sd, 'schedule'):
+        raise ValueError(f"expected what load_sd gives, got {type(sd).__name__}: {sd!r:.200}")
+    return [8*side for side in latent_size(sd.unet.config)]
 
 def _check_on_step(on_step):
     if on_step is None or callable(on_step): return

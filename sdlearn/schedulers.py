@@ -27,7 +27,8 @@ def _sigmas_of(scheduler)->list:
     "Noise std of every model call, and of the result"
     ts = scheduler.timesteps
     s = getattr(scheduler, 'sigmas', None)
-    if s is not None and len(s)==len(ts)+1: return s.tolist()
+    # 'log_linear' has one more, and ends before it
+    if s is not None and len(ts)<len(s)<=len(ts)+2: return s[:len(ts)+1].tolist()
     train = ((1-scheduler.alphas_cumprod)/scheduler.alphas_cumprod)**.5
     a = float(getattr(scheduler, 'final_alpha_cumprod', 1.))
     at_calls = np.interp(ts.cpu().numpy(), np.arange(len(train)), train.cpu().numpy())
@@ -100,6 +101,12 @@ def _check_settings(scheduler, name, schedule):
     if on := [k for k in tied if scheduler.config.get(k)]:
         raise ValueError(f"expected a scheduler for latents, got {name} with {', '.join(on)} on. "
                          f"Switch it off: {', '.join(f'{k}=False' for k in on)}.")
+    if scheduler.config.get('skip_prk_steps') is False:
+        raise ValueError(f"expected a scheduler whose steps are all alike, got {name} that begins "
+                         "with others. Make it with skip_prk_steps=True, as SD v1 has it.")
+    if 'learned' in (variance := str(scheduler.config.get('variance_type'))):
+        raise ValueError("expected a scheduler that asks for the noise alone, got "
+                         f"{name} with variance_type={variance!r}, which asks for more")
     kind = scheduler.config.get('prediction_type', 'epsilon')
     if kind!=schedule.prediction_type:
         raise ValueError(f"expected prediction_type {schedule.prediction_type!r} as the checkpoint "
