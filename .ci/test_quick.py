@@ -3054,7 +3054,7 @@ def test_the_command_takes_care_of_what_is_there(tmp_path, monkeypatch, capsys):
                        (('--device', ''), 'a name behind --device'), (('-o', 'in'), '.safetensors file')):
         assert learn(*more)==1 and said in capsys.readouterr().err, said
     (tmp_path/'d.safetensors').mkdir()
-    assert learn('-o', 'd.safetensors')==1 and 'a file in a folder' in capsys.readouterr().err
+    assert learn('-o', 'd.safetensors')==1 and 'got the folder' in capsys.readouterr().err
     assert cli.main(['learn', '', '--word', '<t>', '--from', 'teddy'])==1 and 'a name behind --folder' in capsys.readouterr().err
     save_word('t.safetensors', '<t>', torch.ones(1, 4))
     with pytest.raises(ZeroDivisionError): learn('-o', 't.safetensors')         # this very word
@@ -3114,6 +3114,48 @@ def test_a_word_whose_name_cannot_be_is_called_otherwise(tmp_path):
         save_file(dict(emb_params=torch.ones(1, 128)), tmp_path/f'{name}.safetensors')
         with pytest.raises(ValueError, match=r'load_word\(file, token='): sd.load_word(tmp_path/f'{name}.safetensors')
     assert sd.load_word(tmp_path/'moose.safetensors', '<moose>').unload()
+
+def test_what_would_be_repeated_to_fit_is_refused():
+    from sdlearn.idea.autoencoder import kl, sample_latents, vae_loss
+    from sdlearn.idea.contrast import contrastive_loss, difference_loss
+    from sdlearn.idea.score import accuracy, energy_distance
+    some, one = torch.randn(3, 8), torch.randn(1, 8)
+    class Wide(torch.nn.Module):
+        def encode(self, x): return x, x
+        def decode(self, z): return z[:1]
+    for wrong in (lambda: contrastive_loss(some, torch.randn(4, 8)), lambda: difference_loss(some, one), lambda: kl(some, one),
+                  lambda: sample_latents(some, one), lambda: vae_loss(Wide(), some), lambda: accuracy(torch.nn.Identity(), some, torch.tensor([1])),
+                  lambda: energy_distance(some, some[:, :5]), lambda: energy_distance(some[:0], some)):
+        with pytest.raises(ValueError, match='expected'): wrong()
+
+def test_scenes_and_answers_that_are_none_are_refused_in_words():
+    from PIL import Image
+    from sdlearn import load_sd
+    from sdlearn.adapt.finetune import learn_look
+    from sdlearn.judge import share
+    from sdlearn.load import pocket_path
+    from sdlearn.pocket.captions import caption
+    from sdlearn.pocket.scenes import draw, is_held_out, render
+    for fn in (draw, is_held_out, caption):
+        with pytest.raises(ValueError, match="expected a Scene, got 'fox'"): fn('fox')
+    with pytest.raises(ValueError, match="'with', which is a word of 'wearing' and of 'holding'"): render('fox', relation='with', other='top hat')
+    for word in ('in', 'wearing', 'holding', 'on', 'beside'): render('fox', relation=word, other='top hat')
+    with pytest.raises(ValueError, match='at least one answer'): share(['a'])
+    with pytest.raises(ValueError, match='got the folder'): load_sd(networks='own').load_lora(pocket_path()/'fast')
+    two = [Image.new('RGB', (8, 8))]*2, ['a', 'b']
+    for more in (dict(own=None), dict(own=(None, None)), dict(own=([],))):
+        with pytest.raises(ValueError, match='pictures and captions in two lists'): learn_look(None, *two, **more)
+    with pytest.raises(ValueError, match='pictures and captions in two lists'): learn_look(None, None, ['a'])
+
+def test_a_tokenizer_of_other_settings_is_refused_or_told(tmp_path):
+    from sdlearn.tokenizer import Tokenizer
+    name = 'tokenizer/tokenizer_config.json'
+    for i, said in enumerate((dict(padding_side='left'), dict(truncation_side='left'), dict(model_max_length=20))):
+        with pytest.raises(ValueError, match='='.join(f'{k}={v!r}' for k, v in said.items())):
+            Tokenizer.from_folder(changed(tmp_path/str(i), name, says(**said))/'tokenizer')
+    for i, (said, told) in enumerate(((dict(single_word=True), True), (dict(normalized=False), True), (dict(normalized=True), False))):
+        folder = changed(tmp_path/f'w{i}', name, says(added_tokens_decoder={'49408': dict(content='<tiny>')|said}))
+        assert ("'<tiny>' is found in capitals" in heard(lambda: Tokenizer.from_folder(folder/'tokenizer')))==told
 
 def test_diffusers_own_infinity_is_read(tmp_path):
     from sdlearn.load import load_sd

@@ -25,6 +25,9 @@ def safe_path(
 )->Path:   # The same, if it ends in .safetensors
     "Files of weights of other kinds are pickles: refused"
     file = as_path(file, 'a .safetensors file')
+    if os.path.isdir(file):
+        raise ValueError(f"expected a .safetensors file, got the folder {str(file)!r}. Name the "
+                         "file in it.")
     if file.suffix=='.safetensors': return file
     raise ValueError(f"expected a .safetensors file, got {file.name!r}: other kinds (.pt, .bin, "
                      ".ckpt) are pickles, which can run code when they are opened. Get it as "

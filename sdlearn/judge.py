@@ -6,6 +6,7 @@
 __all__ = ['Clip', 'load_clip', 'scores', 'pixel_features', 'nearest', 'share']
 
 # %% ../nbs/62_judge.ipynb #544232fe
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 import torch
@@ -107,6 +108,7 @@ def share(
     right,   # Booleans
 )->float:    # 0..1
     "How many of them are true"
-    said = torch.as_tensor(right).float().mean().item()
-    if 0<=said<=1: return round(said, 4)
+    with suppress(TypeError, ValueError, RuntimeError):
+        said = torch.as_tensor(right).float().mean().item()
+        if 0<=said<=1: return round(said, 4)
     raise ValueError(f"expected at least one answer, each true or false, got {right!r}")

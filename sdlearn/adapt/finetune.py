@@ -111,8 +111,8 @@ def learn_look(
     **settings,             # path, rank, alpha, lr, seed, preview, progress ...: `learn_lora`
 )->dict:                    # 'unet.<name of a layer>' -> `Pair`
     "Fine-tune on pairs of picture and caption, as a LoRA; latents and texts are made once"
-    own_pictures, own_captions = own
     _check_look(pictures, captions, word, own)
+    own_pictures, own_captions = own
     said = [*(f'{c}, {word}' for c in captions), *own_captions]
     latents = encoded(sd, [*pictures, *own_pictures])
     words = embed_prompts(sd.tokenizer, sd.text_encoder, said)
@@ -123,7 +123,11 @@ def learn_look(
 def _check_look(pictures, captions, word, own):
     if not isinstance(word, str) or not word.strip():
         raise ValueError(f"expected a word for the look, got {word!r}")
-    for some, said in ((pictures, captions), own):
+    for pair in ((pictures, captions), own):
+        if not isinstance(pair, (list, tuple)) or len(pair)!=2 or not hasattr(pair[0], '__len__'):
+            raise ValueError("expected pictures and captions in two lists, got "
+                             f"{pair!r:.99}. Of before there may be none: own=((), ()).")
+        some, said = pair
         listed = isinstance(said, (list, tuple)) and all(isinstance(c, str) for c in said)
         if not listed or len(some)!=len(said):
             got = len(said) if listed else repr(said)

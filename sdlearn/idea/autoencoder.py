@@ -58,15 +58,18 @@ class AutoEncoder(nn.Module):
     def forward(self, x): return self.decode(self.encode(x)[0])
 
 # %% ../../nbs/24_autoencoder.ipynb #7a1c6253
+def _check_alike(a, b): # or the smaller would be repeated
+    if a.shape==b.shape: return
+    raise ValueError(f"expected two batches of one shape, got {tuple(a.shape)} and "
+                     f"{tuple(b.shape)}")
+
 @torch.no_grad()
 def psnr(
     y:torch.Tensor, # (B,C,H,W) in -1..1
     x:torch.Tensor, # (B,C,H,W), what it should be
 )->float:           # Decibels, the mean over the batch
     "Peak signal-to-noise ratio"
-    if y.shape!=x.shape:
-        raise ValueError(f"expected two batches of one shape, got {tuple(y.shape)} "
-                         f"and {tuple(x.shape)}")
+    _check_alike(y, x)
     return (10*torch.log10(4/(y-x).pow(2).mean((1, 2, 3)))).mean().item()
 
 # %% ../../nbs/24_autoencoder.ipynb #7abc1ca8
@@ -76,6 +79,7 @@ def sample_latents(
     generator=None,       # torch.Generator, or a list with one per picture
 )->torch.Tensor:          # Same shape
     "A random point of the cloud, with a gradient to both arguments (Kingma & Welling 2014)"
+    _check_alike(mean, log_var)
     return mean+(log_var/2).exp()*noise_like(mean, generator)
 
 def kl(
@@ -83,6 +87,7 @@ def kl(
     log_var:torch.Tensor, # Same shape
 )->torch.Tensor:          # Same shape, at least 0
     "KL divergence from the standard normal, number by number (Kingma & Welling 2014, app. B)"
+    _check_alike(mean, log_var)
     return (mean**2+log_var.exp()-1-log_var)/2
 
 def vae_loss(
@@ -94,5 +99,6 @@ def vae_loss(
     "Squared error per picture plus beta times its KL (Higgins et al. 2017, eq. 4)"
     beta = check_number(beta, 'beta', 0)
     mean, log_var = net.encode(x)
-    z = sample_latents(mean, log_var, generator) if beta else mean
-    return ((net.decode(z)-x).square().sum()+beta*kl(mean, log_var).sum())/len(x)
+    y = net.decode(sample_latents(mean, log_var, generator) if beta else mean)
+    _check_alike(y, x)
+    return ((y-x).square().sum()+beta*kl(mean, log_var).sum())/len(x)

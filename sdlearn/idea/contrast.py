@@ -77,12 +77,18 @@ class BagOfWords(nn.Module):
         return F.normalize(self.body(self.bag(torch.cat(ids), starts.to(ids[0]))), dim=-1)
 
 # %% ../../nbs/25_contrast.ipynb #7321bd84
+def _check_pairs(image, text):
+    if image.shape==text.shape and image.ndim==2: return
+    raise ValueError("expected one caption per picture, "
+                     f"got vectors {tuple(image.shape)} and {tuple(text.shape)}")
+
 def difference_loss(
     image:torch.Tensor, # (B,D)
     text:torch.Tensor,  # (B,D), in the same order
     mean:bool=False,    # Means of the two parts instead of their sums
 )->torch.Tensor:        # Scalar
     "Off-diagonal minus diagonal of the dot products: the first idea, which does not work"
+    _check_pairs(image, text)
     dots = image@text.T
     on, off = dots.diagonal().sum(), dots.sum()-dots.diagonal().sum()
     return off/(len(dots)*(len(dots)-1))-on/len(dots) if mean else off-on
@@ -94,6 +100,7 @@ def contrastive_loss(
     scale=20.,           # Inverse temperature; CLIP learns it
 )->torch.Tensor:         # Scalar
     "Cross-entropy both ways over the matrix of dot products (Radford et al. 2021, fig. 3)"
+    _check_pairs(image, text)
     logits = scale*image@text.T
     target = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, target)+F.cross_entropy(logits.T, target))/2
@@ -104,9 +111,7 @@ def retrieval(
     text:torch.Tensor,  # (B,D) of their captions, in the same order
 )->tuple:               # Shares, 0..1: pictures that find their caption, captions their picture
     "How often the largest dot product is the right one, both ways"
-    if image.shape!=text.shape:
-        raise ValueError("expected one caption per picture, "
-                         f"got vectors {tuple(image.shape)} and {tuple(text.shape)}")
+    _check_pairs(image, text)
     dots = image@text.T
     if not torch.isfinite(dots).all():
         raise ValueError("expected finite vectors, got nan or inf: their largest is nobody's")

@@ -226,6 +226,8 @@ def accuracy(
     if not torch.isfinite(said).all():
         raise ValueError("expected finite answers of the classifier, got nan or inf: "
                          "its largest is nobody's")
+    if y.shape!=said.shape[:1]:
+        raise ValueError(f"expected a label for each of {len(said)} pictures, got {tuple(y.shape)}")
     return (said.argmax(1)==y).float().mean().item()
 
 # %% ../../nbs/20_score.ipynb #6adcf605
@@ -235,4 +237,7 @@ def energy_distance(
 )->float:           # At least 0; of two finite samples of one distribution a little above it
     "How far two heaps lie apart (Székely & Rizzo 2013, eq. 1)"
     a, b = (x.flatten(1).cpu().double() for x in (a, b)) # Apple's GPUs have no float64
+    if a.shape[1]!=b.shape[1] or not len(a) or not len(b):
+        raise ValueError("expected two heaps of features of one kind, none of them empty, got "
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
     return (2*torch.cdist(a, b).mean()-torch.cdist(a, a).mean()-torch.cdist(b, b).mean()).item()

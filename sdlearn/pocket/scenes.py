@@ -13,8 +13,8 @@ from PIL import Image
 from ..core import check_number, whole
 from .atlas import core, cutout, find, nearest, subjects
 from .backdrops import backdrop, picture_side, tinge
-from .captions import (Scene, backgrounds, caption, colorless, counts, partners,
-                                     pick, places, relations, sizes, styles)
+from .captions import (Scene, backgrounds, caption, check_scene, colorless, counts,
+                                     partners, pick, places, relations, sizes, styles)
 from .looks import colors, stylize, tint
 
 # %% ../../nbs/61_scenes.ipynb #3de83cbd
@@ -126,7 +126,7 @@ def draw(
     scene:Scene,    # Its seed decides on design, view and backdrop; None: the standard view
 )->Image.Image:     # RGB, 128x128
     "The picture of a scene"
-    rng = np.random.default_rng(scene.seed or 0)
+    rng = np.random.default_rng(check_scene(scene).seed or 0)
     canvas = backdrop(scene.background, rng)
     if scene.relation: _draw_two(canvas, scene, rng)
     elif scene.count>1: _draw_several(canvas, scene, rng)
@@ -176,7 +176,7 @@ def is_held_out(
 )->bool:
     """Is this scene kept out of training? So are all unseen subjects. Style, background and colour
     are asked of the first subject: a second one may be seen in those that are held out for it"""
-    who = find(scene.subject)
+    who = find(check_scene(scene).subject)
     name = who.names[0]
     if who.unseen or scene.style!='plain' and _share(name, scene.style)<.1: return True
     if scene.background!='white' and _share(name, scene.background)<.1: return True
