@@ -380,7 +380,7 @@ def _pictures_in(folder): # those that can be read, by name
     from PIL import Image
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     if not Path(folder).is_dir(): raise ValueError(f"expected a folder of pictures, got {folder!r}")
-    there = sorted(f for f in Path(folder).iterdir() if f.is_file() and f.name[0]!='.')
+    there = [f for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name[0]!='.']
     files = [f for f in there if f.suffix.lower() in kinds]
     if left := [f.name for f in there if f not in files]:
         warnings.warn(f"{len(left)} of {len(there)} files in {folder!r} are no pictures that can "

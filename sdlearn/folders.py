@@ -137,7 +137,8 @@ def _best(names, variant): # of the files of one piece, those to read: half prec
     chosen = half or whole if variant=='fp16' else whole or half
     parts = [n for n in chosen if re.search(r'-\d{5}-of-\d{5}', n)]
     single = [n for n in chosen if n not in parts]
-    return parts if indexed and parts else single[:1] or parts
+    if indexed and parts: return parts
+    return single[:1] or chosen
 
 def weights_files(
     folder:Path,          # A piece's folder, e.g. .../unet

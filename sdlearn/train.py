@@ -285,20 +285,18 @@ def _restore(state, params, averaged, opt, scaler):
     if not isinstance(state, dict) or not parts<={*state}:
         raise ValueError(f"expected the state of a training with {', '.join(sorted(parts))}, got "
                          "another. Take step.state(), or delete the file.")
-    shapes = {k: tuple(p.shape) for k, p in params.items()}
-    if {k: tuple(p.shape) for k, p in state['params'].items()}!=shapes:
-        raise ValueError("expected the state of these weights, got one with other names or "
-                         "shapes. Delete it, or choose another path.")
-    # as they were when the training began, when it was stopped by hand, or when it had ended
-    known = state.get('start'), *(fingerprint(state[k]) for k in ('params', 'averaged'))
-    if known[0] and fingerprint(params) not in known:
-        raise ValueError("expected the state of these weights, got one that started from others. "
-                         "Delete it, or choose another path.")
+    _check_shapes(state, params)
     put(params, state['params'])
     put(averaged, state['averaged'])
     opt.load_state_dict(state['optimizer'])
     if state.get('scaler'): scaler.load_state_dict(state['scaler'])
     return state['step']
+
+def _check_shapes(state, params):
+    was, now = ({k: tuple(p.shape) for k, p in some.items()} for some in (state['params'], params))
+    if was==now: return
+    raise ValueError("expected the state of these weights, got one with other names or shapes. "
+                     "Delete it, or choose another path.")
 
 def _named(params): # name -> parameter
     if isinstance(params, nn.Module): return trained(params)
@@ -427,7 +425,7 @@ def fit(
     mine = path if here.is_main_process else None # one of several writes
     with one_writer(mine):
         start = fingerprint(params)
-        state, losses = _go_on(path, mark, steps)
+        state, losses = _go_on(path, mark, params, steps)
         averaged = state['averaged'] if state else {}
         if state: put(dict(model.named_buffers()), state['buffers'])
         stream = train_steps(partial(loss_fn, model), params, steps, seed, state=state, **settings)
@@ -470,7 +468,7 @@ def _kept(steps, save, now): # stopped by hand, the last step is saved, if it is
         with suppress(ValueError): save(met, now)
         raise
 
-def _go_on(path, mark, n): # the saved state, when it is of this training; its losses
+def _go_on(path, mark, params, n): # the saved state, when it is of this training; its losses
     if not (path and Path(path).exists()): return None, []
     state = load_state(path)
     said = state.get('mark') if isinstance(state, dict) else {}
@@ -478,13 +476,21 @@ def _go_on(path, mark, n): # the saved state, when it is of this training; its l
     if odd := differences(said, mark):
         raise ValueError(f"expected {path} to hold a state of this training, got another: "
                          f"{odd}. Delete it, or choose another path.")
-    if lost := {'step', 'losses', 'buffers', 'averaged', 'start'}-{*state}:
+    if lost := {'step', 'losses', 'buffers', 'params', 'averaged', 'start'}-{*state}:
         raise ValueError(f"expected {path} to hold a whole state, {', '.join(sorted(lost))} is "
                          "missing. Delete it, or choose another path.")
     if state['step']>n:
         raise ValueError(f"expected at least {state['step']} steps, which {path} has behind it, "
                          f"got {n}. Ask for more, or choose another path.")
+    _check_shapes(state, params)
+    _check_start(state, params)
     return state, state['losses']
+
+def _check_start(state, params): # as it was then, as a stop by hand left it, or as the end did
+    known = state['start'], *(fingerprint(state[k]) for k in ('params', 'averaged'))
+    if fingerprint(params) in known: return
+    raise ValueError("expected the state of these weights, got one that started from others. "
+                     "Delete it, or choose another path.")
 
 def _stop(step, path):
     where = f" in {path}" if path else ''
