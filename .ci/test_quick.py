@@ -5521,6 +5521,43 @@ def test_words_that_older_transformers_added_are_read(tmp_path):
     (tmp_path/'added_tokens.json').write_text('{"<cat-toy>": 49408}')
     assert Tokenizer.from_folder(tmp_path).encode('a <cat-toy>')==[49406, 320, 49408, 49407]
 
+def test_words_that_transformers_saves_beside_old_files_are_read(tmp_path):
+    from transformers import CLIPTokenizer
+    from sdlearn.folders import pocket_path
+    from sdlearn.tokenizer import Tokenizer
+    for name in ('vocab.json', 'merges.txt', 'tokenizer_config.json'):
+        shutil.copyfile(pocket_path()/'tokenizer'/name, tmp_path/name)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(['<tiny>'])
+    theirs.save_pretrained(tmp_path)        # transformers 5 writes tokenizer.json, and leaves the other two
+    assert Tokenizer.from_folder(tmp_path).encode('a <tiny>')==[49406, 320, 49408, 49407]==theirs('a <tiny>').input_ids
+
+def test_a_bundle_that_does_not_know_the_words_of_its_encoder_says_so(tmp_path):
+    from sdlearn.adapt.inversion import save_word
+    from sdlearn.text import embed_prompts
+    sd, *_ = _asked()
+    other = replace(sd)
+    sd.load_word(save_word(tmp_path/'w.safetensors', '<x>', torch.randn(1, 128)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        embed_prompts(sd.tokenizer, sd.text_encoder, 'a fox')
+    with pytest.warns(UserWarning, match='knows 1 words'): embed_prompts(other.tokenizer, other.text_encoder, 'a fox')
+    sd.unload()
+
+def test_explorers_see_other_settings():
+    from sdlearn import explore
+    sd, *_ = _asked()
+    for make in (explore.film, explore.words):
+        sd.guidance_scale = 4.
+        one = make(sd, 'a fox', steps=2)
+        one.painter.settle()
+        before, sd.guidance_scale = one.picture.value, 9.
+        step = one.controls['step']
+        for _ in range(2): # there and back
+            step.value = step.min+step.max-step.value
+            one.painter.settle()
+        assert one.picture.value!=before
+
 def test_torchs_default_device_matters_to_nobody():
     from sdlearn import load_sd, txt2img
     from sdlearn.adapt.inversion import spread_timesteps

@@ -247,12 +247,13 @@ def _lighter(sd): # the small decoder instead, where it knows the latents
     if sd.path!=pocket_path(): return sd
     return replace(sd, vae=_small(sd.device, sd.dtype))
 
-def _fresh(sd): # what is worked out once, and anew when somebody has put a LoRA on
+def _fresh(sd): # what is worked out once, and anew when something was put on, or said otherwise
     def keep(make):
         last = []
         def get():
             nets = sd.unet, sd.text_encoder, sd.vae
-            now = versions(p for net in nets for p in net.parameters())
+            settings = sd.guidance_scale, sd.schedule, sd.tokenizer
+            now = versions(p for net in nets for p in net.parameters()), settings
             if not last or last[0]!=now: last[:] = now, make()
             return last[1]
         return get
@@ -349,10 +350,10 @@ def film(
     "The steps of one picture under a slider"
     _check(sd, [text], [seed], steps)
     steps, sampler = _way(sd, steps, sampler)
-    plan = plan_for(sd, sampler, steps)
     @_fresh(sd)
     def recorded():
         emb, note = _read(sd, '', text)
+        plan = plan_for(sd, sampler, steps)
         start = _start(sd, plan, [seed])
         return [*denoise(plan, noise_predictor(sd, emb), *start, progress=False)], note
     def draw(step):
@@ -363,7 +364,7 @@ def film(
         yield _picture(sd, three), _joined(note, (
             f'noisy, predicted, end: at sigma {at.sigma:.2f}, timestep {at.t:.0f}, the prediction '
             f'is {away:.2f} away from the end, where numbers vary by 1'))
-    last = plan.calls-1
+    last = plan_for(sd, sampler, steps).calls-1
     return explorer(draw, dict(step=_whole('step', last//2, 0, last)), (576, 192),
                     f'Noisy latents, the predicted picture and the end: {text}')
 
