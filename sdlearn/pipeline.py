@@ -196,7 +196,7 @@ def native_size(sd)->int: # Pixels
 
 def _native(sd): # height and width
     if not hasattr(sd, 'unet') or not hasattr(sd, 'schedule'):
-        raise ValueError(f"expected what load_sd gives, got {type(sd).__name__}: {sd!r:.200}")
+        raise ValueError(f"expected what load_sd gives, got {sd!r:.200}")
     return [8*side for side in latent_size(sd.unet.config)]
 
 def _check_on_step(on_step):
