@@ -6,7 +6,7 @@
 __all__ = ['parser', 'parse', 'settings', 'writable', 'make_pictures', 'learn_parser', 'learn', 'main', 'save_picture']
 
 # %% ../nbs/92_cli.ipynb #49c03cc3
-import argparse, os, random, re, shlex, sys, tempfile, warnings
+import argparse, hashlib, os, random, re, shlex, sys, tempfile, warnings
 from pathlib import Path
 from . import __version__
 from .infotext import check_name, read_settings, save_picture
@@ -77,6 +77,20 @@ def _lies_scaled(text, path, k):
     file, scale = _scaled(text)
     return _lies(file, path, k)+(f':{scale:g}' if file!=text else '')
 
+def _used(args): # files that a picture is made of
+    loras = (_scaled(v)[0] for v in args.lora)
+    return [*filter(None, (args.image, args.mask)), *args.word, *loras]
+
+def _mark(file): # tells it from another of the same name
+    return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:12]
+
+def _warn_changed(said, marks, path):
+    known = marks if isinstance(marks, dict) else {}
+    for file in _used(argparse.Namespace(**_usual|said)):
+        if known.get(Path(file).name, mark := _mark(file))!=mark:
+            warnings.warn(f"{file} is not what {Path(path).name} was drawn from: it has changed, or "
+                          "is another file of that name")
+
 def _check_said(said, path): # a picture from elsewhere may say anything
     from sdlearn.core import real, whole
     counts = 'steps', 'seed', 'height', 'width', 'n'
@@ -90,7 +104,8 @@ def _each(k, said): # words and LoRAs come as lists
     return said if said and isinstance(said, list) and k in ('word', 'lora') else [said]
 
 def _as_before(path, given): # options out of a picture, without those that are given anew
-    said = {_names[k]: v for k, v in read_settings(path).items() if k in _names}
+    info = read_settings(path)
+    said = {_names[k]: v for k, v in info.items() if k in _names}
     if 'n' in said: said['grid'] = True
     left = {'steps', 'sampler', 'guidance'} if 'fast' in given else set() # a student has its own
     said = {k: v for k, v in said.items() if k not in {*given}|left}
@@ -98,6 +113,7 @@ def _as_before(path, given): # options out of a picture, without those that are 
     for k in {'image', 'mask'}&said.keys(): said[k] = _lies(said[k], path, k)
     for k in {'word', 'lora'}&said.keys():
         said[k] = [_lies_scaled(v, path, k) for v in _each(k, said[k])]
+    _warn_changed(said, info.get('marks'), path)
     if said.get('model')=='pocket': said.pop('model')
     if 'model' in said and '/' not in said['model']:
         raise ValueError(f"expected to know where the model {said['model']!r} lies: a picture "
@@ -137,6 +153,7 @@ def settings(
     files = {k: Path(v).name for k, v in dict(image=args.image, mask=args.mask).items() if v}
     learned = dict(word=args.word, lora=args.lora)
     files |= {k: [Path(f).name for f in v] for k, v in learned.items() if v}
+    if used := _used(args): files['marks'] = {Path(f).name: _mark(f) for f in used}
     if args.fast: files['fast'] = True
     said = dict(prompt=args.prompt, negative_prompt=args.negative or None, seed=seed,
                 num_inference_steps=args.steps, guidance_scale=args.guidance,

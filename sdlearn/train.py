@@ -465,7 +465,8 @@ def _kept(steps, save, now): # stopped by hand, the last step is saved, if it is
             met = True
             yield step
     except KeyboardInterrupt:
-        with suppress(ValueError): save(met, now)
+        with suppress(ValueError):
+            if met: save(True, now)
         raise
 
 def _go_on(path, mark, params, n): # the saved state, when it is of this training; its losses
