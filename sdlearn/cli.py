@@ -88,8 +88,8 @@ def _warn_changed(said, marks, path):
     known = marks if isinstance(marks, dict) else {}
     for file in _used(argparse.Namespace(**_usual|said)):
         if known.get(Path(file).name, mark := _mark(file))!=mark:
-            warnings.warn(f"{file} is not what {Path(path).name} was drawn from: it has changed, or "
-                          "is another file of that name")
+            warnings.warn(f"{file} is not what {Path(path).name} was drawn from: it has changed, "
+                          "or is another file of that name")
 
 def _check_said(said, path): # a picture from elsewhere may say anything
     from sdlearn.core import real, whole

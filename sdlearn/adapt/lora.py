@@ -19,7 +19,7 @@ from ..core import check_number, real, whole
 from ..denoiser import ask_network, noise_loss
 from ..folders import read_arrays, read_note, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, random_timesteps, sigma_at
-from ..train import fingerprint, fit, learning
+from ..train import device_of, fingerprint, fit, learning
 
 # %% ../../nbs/41_lora.ipynb #14252e7c
 class LowRank(nn.Module):
@@ -184,7 +184,7 @@ def draw_batch(
     i = torch.randint(len(latents), (bs,), **here)
     t = random_timesteps(bs, generator, schedule=schedule)
     noise = torch.randn((bs, *latents.shape[1:]), **here)
-    device = next(network.parameters()).device
+    device = device_of(network)
     return tuple(v.to(device) for v in (latents[i].float(), words[i], noise, t))
 
 def learn_lora(

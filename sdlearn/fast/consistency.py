@@ -17,7 +17,7 @@ from .progressive import guided_answer
 from ..guidance import check_scale
 from ..sample import Plan, ddim_step, intervals
 from ..schedule import SD_V1, Schedule, add_noise, scale_input, sigma_at, sigma_like
-from ..train import averaged_weights, trained
+from ..train import averaged_weights, device_of, trained
 from ..unet import predict_x0
 
 # %% ../../nbs/52_consistency.ipynb #d22118c0
@@ -113,7 +113,7 @@ def consistency_loss(
         sigma = sigma_at(t, schedule)
         return answer(x, predicted_noise(net, x, sigma, t, told, kind, ask), sigma, t)
     def loss(net, g):
-        x0, told = _batch(draw(g), next(net.parameters()).device)
+        x0, told = _batch(draw(g), device_of(net))
         t, t_next = (v.to(x0.device) for v in _neighbours(stops, len(x0), g))
         sigma, sigma_next = sigma_at(t, schedule), sigma_at(t_next, schedule)
         upper = add_noise(x0, torch.randn(x0.shape, generator=g).to(x0), sigma)

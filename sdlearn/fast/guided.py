@@ -20,6 +20,7 @@ from .progressive import two_answers
 from ..guidance import cfg
 from ..sample import Plan, sample
 from ..schedule import SD_V1, Schedule, scale_input
+from ..train import device_of
 
 # %% ../../nbs/51_guided.ipynb #f46944bd
 def guidance_features(
@@ -192,7 +193,7 @@ def strength_loss(
     most = check_number(most, 'the largest guidance scale', 1.)
     bs = check_number(bs, 'bs', 1, read=whole)
     def loss(unet, g):
-        x_in, t, words, uncond, text = _some(answers, bs, g, next(unet.parameters()).device)
+        x_in, t, words, uncond, text = _some(answers, bs, g, device_of(unet))
         strength = torch.rand(2, generator=g).max().item()  # more often strong than weak
         for m in unet.modules():
             if isinstance(m, LowRank): m.scale = strength

@@ -22,7 +22,7 @@ from ..sample import ddim, ddim_step, dpmpp_2m, euler, make_plan, sample
 from ..schedule import SD_V1, Schedule, scale_input, sigma_at, unscale_input
 from ..text import embed_prompts
 from ..tokenizer import as_texts
-from ..train import check_mark, fingerprint
+from ..train import check_mark, device_of, fingerprint
 
 # %% ../../nbs/53_student.ipynb #751ac54a
 class Made(NamedTuple):
@@ -141,7 +141,7 @@ def student_layers(
 
 # %% ../../nbs/53_student.ipynb #b52fb3ba
 def _some(paths, words, bs, generator, unet): # of the paths, where the student is
-    k, here = torch.randint(len(paths), (bs,), generator=generator), next(unet.parameters()).device
+    k, here = torch.randint(len(paths), (bs,), generator=generator), device_of(unet)
     return paths[k].to(here).float(), words[k].to(here)
 
 def _check_paths(paths, words, plan):

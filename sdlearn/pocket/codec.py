@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['droplet_weight', 'critic_from', 'critic_heard', 'patch_colour', 'worst', 'picture_loss', 'stands_out', 'drawn',
-           'fading', 'VAELoss', 'device_of', 'hasten', 'vae_batch', 'train_vae', 'standardize', 'kept', 'cache_latents',
-           'denoised', 'latents_to_draw', 'decoder_batch', 'Critic', 'hinge', 'adaptive_weight', 'Decode', 'two_losses',
-           'in_turns', 'train_decoder']
+           'fading', 'VAELoss', 'hasten', 'vae_batch', 'train_vae', 'standardize', 'kept', 'cache_latents', 'denoised',
+           'latents_to_draw', 'decoder_batch', 'Critic', 'hinge', 'adaptive_weight', 'Decode', 'two_losses', 'in_turns',
+           'train_decoder']
 
 # %% ../../nbs/64b_codec.ipynb #582f5a21
 from pathlib import Path
@@ -19,8 +19,9 @@ from ..fast.decoder import edge_loss
 from ..idea.autoencoder import kl
 from .pictures import batch_of, picks, usable
 from ..schedule import add_noise, scale_input, sigma_at
-from ..train import (check_mark, fingerprint, fit, learning, load_state, one_writer,
-                           processes, put, save_state, saver, step_of, train_steps, trained)
+from ..train import (check_mark, device_of, fingerprint, fit, learning, load_state,
+                           one_writer, processes, put, save_state, saver, step_of, train_steps,
+                           trained)
 from ..vae import encode, scaling_factor
 
 # %% ../../nbs/64b_codec.ipynb #0debea67
@@ -94,8 +95,6 @@ class VAELoss(nn.Module):
         return picture_loss(y, x)+rest
 
 # %% ../../nbs/64b_codec.ipynb #901d7d3c
-def device_of(net): return next(net.parameters()).device
-
 def hasten(
     net:nn.Module, # Compiled in place where there is a GPU: names of its weights stay
     on=True,       # Do it at all

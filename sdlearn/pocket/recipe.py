@@ -23,14 +23,14 @@ from ..idea.contrast import ImageEncoder, contrastive_loss
 from ..load import SD, load_sd, save_sd
 from . import scenes
 from .card import update_facts
-from .codec import (cache_latents, decoder_batch, device_of, hasten, kept,
+from .codec import (cache_latents, decoder_batch, hasten, kept,
                                   standardize, train_decoder, train_vae)
 from .pictures import Pictures, batch_of, picks, rendering
 from ..sample import make_plan, sample
 from ..schedule import random_timesteps, sigma_at
 from ..text import TextEncoder, at_end, encode_tokens
 from ..tokenizer import Tokenizer, tokenize
-from ..train import differences, fingerprint, fit, processes
+from ..train import device_of, differences, fingerprint, fit, processes
 from ..unet import UNet
 from ..vae import VAE, decode
 
