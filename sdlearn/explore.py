@@ -437,7 +437,8 @@ def words(
         kept, end, note = recorded()
         maps = kept[step] if layer=='all' else {layer: kept[step][layer]}
         bright = word_map(maps, token_places(sd.tokenizer, text, word), end.size[::-1])
-        yield image_grid([end, _brightened(end, bright)], rows=1), note
+        told = _joined(note, f'bright: where {word!r} is looked for')
+        yield image_grid([end, _brightened(end, bright)], rows=1), told
     plain = read_weights(text)[0].replace(',', ' ').replace('.', ' ')
     spoken = [*dict.fromkeys(plain.lower().split())]
     if not spoken: raise ValueError("expected a prompt with a word to look for, got none")
