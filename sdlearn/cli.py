@@ -7,6 +7,7 @@ __all__ = ['parser', 'parse', 'settings', 'writable', 'make_pictures', 'learn_pa
 
 # %% ../nbs/92_cli.ipynb #49c03cc3
 import argparse, hashlib, os, random, re, shlex, sys, tempfile, warnings
+from functools import cache
 from pathlib import Path
 from . import __version__
 from .infotext import check_name, read_settings, save_picture
@@ -77,12 +78,18 @@ def _lies_scaled(text, path, k):
     file, scale = _scaled(text)
     return _lies(file, path, k)+(f':{scale:g}' if file!=text else '')
 
+def _learned(args): return [*args.word, *(_scaled(v)[0] for v in args.lora)]
+
 def _used(args): # files that a picture is made of
-    loras = (_scaled(v)[0] for v in args.lora)
-    return [*filter(None, (args.image, args.mask)), *args.word, *loras]
+    return [*filter(None, (args.image, args.mask)), *_learned(args)]
 
 def _mark(file): # tells it from another of the same name
-    return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:12]
+    path = Path(file).expanduser()
+    return _digest(path, path.stat().st_mtime_ns)
+
+@cache
+def _digest(path, changed): # read once, not for every picture
+    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:12]
 
 def _warn_changed(said, marks, path):
     known = marks if isinstance(marks, dict) else {}
@@ -236,7 +243,7 @@ def _check_sources(args): # pictures that are read, which must not be written ov
                 raise ValueError(f"expected another file to write, got {out!r}, which is read")
 
 def _check_learned(args): # before the networks are read
-    for file in [*args.word, *(_scaled(v)[0] for v in args.lora)]:
+    for file in _learned(args):
         if not Path(file).expanduser().exists():
             raise ValueError(f"expected a file that `sdlearn learn` or others wrote, and there is "
                              f"none at {file!r}")
