@@ -26,12 +26,13 @@ from .core import (as_folder, as_path, check_number, plain, progress_bar, real, 
 # %% ../nbs/91_train.ipynb #3d06d697
 def batch_rng(
     seed:int,   # Seed of the whole run, below 2**26
-    step:int,   # Step number
+    step:int,   # Step number, below 1,000,003
     rank:int=0, # Which of several processes, below 64
 )->torch.Generator: # On the CPU
     """A fresh generator for every step: a resumed run sees exactly the batches
     an uninterrupted one sees"""
     seed = check_number(seed, 'a seed', 0, _last_seed, whole)
+    step = check_number(step, 'a step', 0, 1_000_002, whole)
     rank = check_number(rank, 'rank', 0, 63, whole)
     return torch.Generator().manual_seed((seed*1_000_003+step)*64+rank)
 
@@ -68,7 +69,9 @@ def load_state(
     path,  # A file that `save_state` wrote
 )->dict:
     "Read a training state; nothing in it is ever run"
-    try: state = torch.load(as_path(path, 'a file'), map_location='cpu', weights_only=True)
+    path = as_path(path, 'a file')
+    if not path.exists(): raise FileNotFoundError(f"expected a training state, there is no {path}")
+    try: state = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError, struct.error) as e:
         raise ValueError(f"expected {path} to hold a training state, but it cannot be read "
                          f"({type(e).__name__}). Delete it, or choose another path.") from None
@@ -81,8 +84,8 @@ def differences(
     mine:dict, # What it should be
 )->str:        # 'lr was .1 and is .2, ...'; nothing when they agree
     "What a run that is gone on with was told otherwise"
-    return ', '.join(f'{k} was {said.get(k)!r} and is {v!r}' for k, v in mine.items()
-                     if said.get(k)!=v)
+    return ', '.join(f'{k} was {said.get(k)!r} and is {mine.get(k)!r}' for k in {**said, **mine}
+                     if said.get(k)!=mine.get(k))
 
 def check_mark(
     said,     # What a file says it was made from
@@ -133,7 +136,7 @@ def one_writer(
 def ema_decay(
     step:int,     # 0-based
     decay:float,  # Final decay, e.g. 0.999
-)->float:         # From 0.1 up to `decay`
+)->float:         # From 0.1 up to `decay`, never above it
     "Decay of the exponential moving average at a step"
     return min(decay, (1+step)/(10+step))
 
@@ -141,7 +144,7 @@ def ema_decay(
 def lr_factor(
     step:int, steps:int,  # This step, and how many there will be
     warmup:int=100,       # Steps of linear warm-up
-    decay:bool=False,     # Cosine decay to zero over `steps`
+    decay:bool=False,     # Cosine decay, to zero behind the last step
 )->float:                 # 0..1
     "Share of the peak learning rate at a step"
     return min(1, (step+1)/max(warmup, 1))*(.5*(1+math.cos(math.pi*step/steps)) if decay else 1)
@@ -176,7 +179,8 @@ class TrainStep:
     i:int            # Its number, from 0
     loss:float       # Before the step
     averaged:dict    # name -> moving average of the trained weights; changed by the next step
-    good:bool        # Loss, gradient and weights are finite; if not, the average is from before
+    good:bool        # Loss, gradient and weights are finite; if not, the average is from before.
+                     # In fp16 a step whose gradient overflows is skipped, and good
     state:Callable   # state() -> what `train_steps(state=...)` goes on from; before the next step
 
 @torch.no_grad()
@@ -229,13 +233,14 @@ def train_steps(
     *,
     lr:float=1e-3,        # Peak learning rate of AdamW, above 0 and at most 1
     warmup:int=100,       # Steps of linear warm-up
-    decay:bool=False,     # Cosine decay to zero over `n`
+    decay:bool=False,     # Cosine decay over `n`, to zero behind the last step
     ema:float=.999,       # Decay of the averaged weights
     weight_decay:float=.01,   # Of AdamW
     mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
     state:dict=None,      # From a step's `state()`: go on there
 ):                        # Generator of `TrainStep`
-    "Train with AdamW on one CPU, one GPU or, under `accelerate launch`, several"
+    """Train with AdamW (betas .9 and .99; gradients longer than 1 are shortened to 1) on one CPU,
+    one GPU or, under `accelerate launch`, several"""
     _check_gradients()
     params, rank = _named(params), processes().process_index
     n, seed, lr = _check_training(loss_fn, n, seed, lr, mixed_precision)
@@ -314,10 +319,10 @@ def _named(params): # name -> parameter
     raise ValueError(f"expected parameters that take a gradient, e.g. trained(model), got {kinds}")
 
 def _check_gradients():
-    if torch.is_grad_enabled(): return
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled(): return
     raise ValueError("expected gradients to be on where something is trained, got them off. "
-                     "Train outside torch.no_grad() and torch.inference_mode(), or call "
-                     "torch.set_grad_enabled(True).")
+                     "Train outside torch.no_grad() and torch.inference_mode(); after "
+                     "torch.set_grad_enabled(False), call torch.set_grad_enabled(True).")
 
 def _check_share(ema):
     if real(ema) is not None and 0<=ema<1: return ema
@@ -334,11 +339,13 @@ def _check_training(loss_fn, n, seed, lr, precision): # the numbers, as Python h
     return n, seed, real(lr)
 
 # %% ../nbs/91_train.ipynb #1ba0c00a
-def _tensor_mark(x): # shape, kind, and a sample of the numbers
-    flat = x.detach().flatten() if isinstance(x, torch.Tensor) else x.reshape(-1)
-    some = flat[::max(1, len(flat)//4096)]
-    some = some.cpu().float().numpy() if isinstance(x, torch.Tensor) else some.copy()
-    return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(some.tobytes()).hexdigest()[:12]}'
+def _tensor_mark(x): # shape, kind, a sample of the numbers, and the sum of all their bytes
+    if isinstance(x, np.ndarray) and x.dtype.kind not in 'biufc':       # words, or objects
+        return f'{x.shape} {x.dtype} {_mark(x.tolist())}'
+    flat = torch.as_tensor(x).detach().resolve_conj().contiguous().flatten()
+    some = flat[::max(1, len(flat)//4096)].cpu().contiguous().view(torch.uint8).numpy()
+    total = flat.view(torch.uint8).sum(dtype=torch.int64).item()
+    return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(some.tobytes()).hexdigest()[:12]} {total}'
 
 _one = dict(LOAD_METHOD='LOAD_ATTR', CALL_METHOD='CALL', CALL_FUNCTION='CALL')
 _stack_marks = re.compile(r'^(NULL|self|\|)+ \+ | \+ (NULL|self|\|)+$') # 3.11, 3.12; 3.13
@@ -363,7 +370,9 @@ def _parts(x): # what an object is made of; None: nothing that could be told apa
     if isinstance(x, Image.Image): return [x.mode, np.asarray(x)]
     if isinstance(x, type): return None
     if hasattr(x, 'named_parameters'):  # a network, packed or not; what learns is not its own data
-        return {k: p for k, p in x.named_parameters() if not p.requires_grad}
+        params = dict(x.named_parameters())
+        frozen = {k: p for k, p in params.items() if not p.requires_grad}
+        return frozen if len(frozen)<len(params) else frozen|dict(x.named_buffers())
     if is_dataclass(x): return {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
     if type(x).__module__ in ('__main__', 'types'): # of your own class, or a SimpleNamespace
         does = [f for f in vars(type(x)).values() if isinstance(f, FunctionType)]
@@ -385,7 +394,7 @@ def _mark(x, seen=()):
 
 def fingerprint(
     x,      # A loss function; or what it holds: tensors, arrays, numbers, strings, containers
-)->str:     # 12 letters that change with code and data, and with networks that are frozen
+)->str:     # 12 digits that change with code and data, and with networks that are frozen
     "What a loss computes, and from which data"
     return hashlib.sha256(repr(_mark(x)).encode()).hexdigest()[:12]
 
@@ -422,10 +431,10 @@ def fit(
     _check_fit(loss_fn, preview, save_every, preview_every, settings)
     path, steps = _as_file(path), check_number(steps, 'a number of steps', 0, read=whole)
     seed = check_number(seed, 'a seed', 0, _last_seed, whole)
-    settings = {k: plain(v) for k, v in settings.items()}
+    settings = _usual|{k: plain(v) for k, v in settings.items()}
     if here.num_processes>1: model.to(here.device)  # alone, where the model is
     # with a decaying learning rate, another number of steps is another training
-    length = dict(steps=steps) if settings.get('decay') else {}
+    length = dict(steps=steps) if settings['decay'] else {}
     made = loss_fn if told is None else [loss_fn, told]
     mark = dict(loss_and_data=fingerprint(made), seed=seed, **settings, **length)
     mine = path if here.is_main_process else None # one of several writes
@@ -500,10 +509,11 @@ def _check_start(state, params): # as it was then, as a stop by hand left it, or
                      "Delete it, or choose another path.")
 
 def _stop(step, path):
-    where = f" in {path}" if path else ''
+    kept = path and Path(path).exists()
+    where = f"{path} holds an earlier state. " if kept else ''
     raise FloatingPointError("expected a finite loss, gradient and weights, got others at step "
-                             f"{step.i} (loss {step.loss}). The last good state is kept{where}. "
-                             "Try a smaller learning rate.")
+                             f"{step.i} (loss {step.loss}). {where}Try a smaller learning rate"
+                             f"{', and another path'*bool(kept)}.")
 
 def _check_fit(loss_fn, preview, save_every, preview_every, settings):
     if not callable(loss_fn) or not (preview is None or callable(preview)):
@@ -515,9 +525,10 @@ def _check_fit(loss_fn, preview, save_every, preview_every, settings):
         raise ValueError(f"expected decay to be True or False, got {settings['decay']!r}")
     check_number(save_every, 'save_every', 0)
     check_number(preview_every, 'preview_every', 0, read=whole)
-    known = [k for k in train_steps.__kwdefaults__ if k!='state']
-    if odd := {*settings}-{*known}:
-        raise ValueError(f"expected settings out of {', '.join(known)}, got {', '.join(odd)}")
+    if odd := {*settings}-{*_usual}:
+        raise ValueError(f"expected settings out of {', '.join(_usual)}, got {', '.join(odd)}")
+
+_usual = {k: v for k, v in train_steps.__kwdefaults__.items() if k!='state'}
 
 def _as_file(path): # or None
     if path is None: return None
