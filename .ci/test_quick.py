@@ -2786,7 +2786,7 @@ def test_what_is_no_lesson_for_a_word(bundles):
     for captions in (['a {}'], ['a {}', 'a fox'], 'a {}'):
         with pytest.raises(ValueError, match='caption'): learn(captions=captions)
     with pytest.warns(UserWarning, match='one picture'): learn([im])
-    with pytest.raises(FloatingPointError, match='last good state'):
+    with pytest.raises(FloatingPointError, match='smaller learning rate'):
         old = sd.unet.conv_out.bias.clone()
         sd.unet.conv_out.bias.fill_(float('nan'))
         try: learn()
@@ -3379,7 +3379,13 @@ def test_a_student_is_drawn_with_in_no_other_way():
     with pytest.raises(ValueError, match='in this student'): noise_predictor(sd, torch.zeros(2, 77, 128), 4.)
     with tempfile.TemporaryDirectory() as d:
         again = load_sd(sd.save(Path(d)/'student'), networks='own')
-        with pytest.raises(FileNotFoundError, match='there is none'): load_sd(Path(d)/'student', networks='own', fast=True)
+        with pytest.raises(ValueError, match='student already'): load_sd(Path(d)/'student', networks='own', fast=True)
+        plain = load_sd(networks='own').save(Path(d)/'plain')
+        with pytest.raises(FileNotFoundError, match='Leave fast out'): load_sd(plain, networks='own', fast=True)
+        moved, there = load_sd(plain, networks='own'), plain.rename(Path(d)/'elsewhere')
+        with pytest.raises(ValueError, match='set sd.path'): moved.save(Path(d)/'b')
+        moved.path = str(there)     # as the message says it
+        assert moved.save(Path(d)/'b').is_dir()
     assert (again.num_inference_steps, again.sampler, again.folded, again.schedule)==(4, 'euler', 4., sd.schedule)
     assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), sd.unet.parameters()))
 # ---------------------------------------------------------------- consistency
@@ -4588,6 +4594,47 @@ def test_a_loss_is_the_same_in_another_process():
     def said(seed): return subprocess.run([sys.executable, '-c', lossy], env=os.environ|dict(PYTHONHASHSEED=seed),
                                           capture_output=True, text=True, check=True).stdout
     assert said('1')==said('2')!=''
+
+def test_a_fingerprint_sees_every_number():
+    from sdlearn.train import fingerprint
+    few = torch.zeros(100_000)
+    other = few.clone()
+    other[1] = 5.           # between two of the sample
+    assert fingerprint(few)!=fingerprint(other)
+    net = torch.nn.BatchNorm1d(3).requires_grad_(False)
+    before = fingerprint(net)
+    net.running_mean[0] = 3.
+    assert fingerprint(net)!=before
+
+def test_a_run_is_gone_on_with_as_it_began(tmp_path):
+    from sdlearn.train import batch_rng, fit, load_state
+    net, x = torch.nn.Linear(2, 1), torch.ones(4, 2)
+    def loss(net, g): return net(x).square().mean()
+    def run(steps, file, **how): return fit(net, loss, steps, path=tmp_path/file, progress=False, **how)
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    run(2, 'a', lr=.1, ema=.5)
+    net.load_state_dict(start)
+    with pytest.raises(ValueError, match='lr was 0.1 and is 0.001, ema was 0.5 and is 0.999'): run(4, 'a')
+    run(2, 'b')
+    assert len(run(4, 'b', lr=1e-3))==4         # what is usual may be said
+    net.load_state_dict(start)
+    def spoilt(net, g): return loss(net, g)*(float('nan') if g.initial_seed()//64%1_000_003==2 else 1)
+    with pytest.raises(FloatingPointError) as said: fit(net, spoilt, 5, path=tmp_path/'c', progress=False)
+    assert str(tmp_path) not in str(said.value) and not (tmp_path/'c').exists()
+    net.load_state_dict(start)
+    with pytest.raises(FloatingPointError, match='holds an earlier state.*another path'):
+        fit(net, spoilt, 5, path=tmp_path/'d', progress=False, save_every=0)
+    with torch.inference_mode():
+        torch.set_grad_enabled(True)            # does not help here
+        with pytest.raises(ValueError, match='outside'): run(2, 'e')
+    with pytest.raises(ValueError, match='1000002'): batch_rng(0, 1_000_003)
+    with pytest.raises(FileNotFoundError, match='there is no'): load_state(tmp_path/'none')
+
+def test_a_grade_does_not_round():
+    from sdlearn.core import agrees
+    for wrong, right in ((2.9, 2), ([1.6, 2.2], [1, 2]), (torch.tensor([1+5j]), [1.])):
+        assert not agrees(wrong, torch.tensor(right)), wrong
+    assert agrees([True, False], torch.tensor([True, False])) and agrees(np.float32(.5), torch.tensor(.5))
 
 def test_other_data_make_another_fingerprint():
     from pathlib import PurePosixPath

@@ -255,6 +255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sdlearn.core._described': ('core.html#_described', 'sdlearn/core.py'),
                               'sdlearn.core._draw': ('core.html#_draw', 'sdlearn/core.py'),
                               'sdlearn.core._eight_bits': ('core.html#_eight_bits', 'sdlearn/core.py'),
+                              'sdlearn.core._is_one': ('core.html#_is_one', 'sdlearn/core.py'),
                               'sdlearn.core._loaded': ('core.html#_loaded', 'sdlearn/core.py'),
                               'sdlearn.core._save_mp4': ('core.html#_save_mp4', 'sdlearn/core.py'),
                               'sdlearn.core._wrap': ('core.html#_wrap', 'sdlearn/core.py'),

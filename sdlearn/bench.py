@@ -132,7 +132,7 @@ print(peak())
 
 def cold(
     code:str, # A program
-)->tuple:     # (seconds, peak memory in MB; nan on Windows)
+)->tuple:     # (seconds, peak memory in MiB; nan on Windows)
     "Run a program in a new process"
     t = time.perf_counter()
     out = subprocess.run([sys.executable, '-c', code+_report], check=True,

@@ -25,15 +25,15 @@ def parser()->argparse.ArgumentParser:
     add('-o', '--output', help='file to write (.png, .jpg, .webp); out.png')
     add('--negative', help='what to move away from')
     add('--fast', action=argparse.BooleanOptionalAction,
-        help='draw in four steps, with the student of pocket')
-    add('--steps', type=int, help='denoising steps, 1 to 1000; 30')
+        help='draw in four steps, with the student of pocket, or that of --model')
+    add('--steps', type=int, help='denoising steps, 1 to 1000; what the checkpoint recommends')
     add('--guidance', type=float, help='guidance scale, 1 is off; what the checkpoint recommends')
     add('--seed', type=int, help='a number; a random one is chosen and printed')
     add('--sampler', help='dpmpp_2m (usual), euler, ddim, lms, ...; an unknown one lists them all')
     add('--n', type=int, help='number of pictures: seeds seed, seed+1, ...')
     add('--grid', action='store_true', help='put the pictures into one file, side by side')
-    add('--gif', help=('also write this file: left the latents, right the predicted picture, '
-                       'step by step'))
+    add('--gif', help=('also write this film of the first picture: left the latents, right the '
+                       'predicted picture, step by step'))
     add('--height', type=int, help='pixels, a multiple of 8')
     add('--width', type=int, help='pixels, a multiple of 8')
     add('--image', help='a picture to start from; it is brought to the size of the drawing')
@@ -44,9 +44,10 @@ def parser()->argparse.ArgumentParser:
         '(see `sdlearn learn`); several when given again')
     add('--lora', action='append', metavar='FILE[:SCALE]',
         help='a LoRA, e.g. moose.safetensors:0.8; several when given again')
-    add('--again', help='a picture that sdlearn drew: draw it again, with what else is asked here')
+    add('--again', help=('a .png, .jpg or .webp that sdlearn drew: draw it again, with what else '
+                         'is asked here'))
     add('--model', help='a Stable Diffusion 1.x folder, file or hub name; pocket when left out')
-    add('--device', help='cpu, cuda, ...; a GPU when there is one')
+    add('--device', help='cpu, cuda, mps, ...; cuda when there is one')
     add('--version', action='version', version=f'sdlearn {__version__}')
     return p
 
@@ -156,7 +157,7 @@ def settings(
     args,      # From `parse`
     seed:int,  # The seed of this picture
 )->dict:       # name -> number or text
-    "All that is needed to draw a picture again"
+    "What a picture is drawn from; of a checkpoint's, word's or picture's file the name alone"
     files = {k: Path(v).name for k, v in dict(image=args.image, mask=args.mask).items() if v}
     learned = dict(word=args.word, lora=args.lora)
     files |= {k: [Path(f).name for f in v] for k, v in learned.items() if v}
@@ -199,7 +200,7 @@ def writable(
     try: _try_to_write(path)
     except OSError as e:
         raise ValueError(f"expected to be able to write {str(path)!r}, but: {e.strerror}. "
-                         "Choose another place with -o.") from None
+                         "Choose another place.") from None
     return path
 
 # %% ../nbs/92_cli.ipynb #c2916486
@@ -222,7 +223,7 @@ def _check_room(n, height, width): # a decoder keeps some 64 channels at full si
     if there and needed>there:
         raise ValueError(f"expected pictures that fit in memory, got {n} of {width}x{height}, "
                          f"which need about {needed/1e9:.0f} of {there/1e9:.0f} GB. "
-                         "Draw fewer at once.")
+                         "Draw fewer, or smaller ones.")
 
 def _check_text(args):
     if args.prompt is None:
@@ -392,12 +393,12 @@ def learn_parser()->argparse.ArgumentParser:
     add('folder', help='three to five pictures of one thing')
     add('--word', required=True, help='what to call it, e.g. "<tiny>"')
     add('--from', required=True, dest='start', help='a known word for such a thing, e.g. teddy')
-    add('-o', '--output', help='file to write, e.g. tiny.safetensors')
+    add('-o', '--output', help='file to write; the word as a name, e.g. tiny.safetensors')
     add('--vectors', type=int, default=1, help='how many rows the word gets; 1')
     add('--steps', type=int, default=300, help='of the training; 300')
-    add('--seed', type=int, default=0)
+    add('--seed', type=int, default=0, help='of the training; 0')
     add('--model', help='a Stable Diffusion 1.x folder, file or hub name; pocket when left out')
-    add('--device', help='cpu, cuda, ...; a GPU when there is one')
+    add('--device', help='cpu, cuda, mps, ...; cuda when there is one')
     return p
 
 def _pictures_in(folder): # those that can be read, by name
@@ -442,7 +443,7 @@ def _sentence(e): # the system names a file that nobody may read, and why
 
 def main(
     argv=None,  # Arguments; those of the command line when missing
-)->int:         # 0; 1 after an error; 130 when it was stopped
+)->int:         # 0; 1 after an error; 130 when it was stopped. A wrong option ends the program
     "The command: errors are a sentence, not a traceback"
     told = set()    # a batch of pictures says the same of each
     def note(message, *args, **kwargs):

@@ -268,7 +268,7 @@ def appearing(
     seeds:list,   # One per picture
     steps:int,    # Of the sampler
     sampler='dpmpp_2m', # As in `txt2img`
-    every:int=5,  # Steps between two pictures on the way
+    every:int=5,  # Calls of the network between two pictures on the way
 ):                # Yields PIL pictures: the prediction every few steps, then the end
     "Pictures on the way from noise"
     plan, every = plan_for(sd, sampler, steps), check_number(every, 'every', 1, read=whole)
@@ -280,7 +280,7 @@ def sketched(
     draw,      # draw(sd, steps, **where): a generator of pictures, guided there
     sd,        # `SD` bundle
     steps:int, # Of the true picture
-):             # Yields a sketch, then the pictures of `draw(sd, steps)`
+):             # Yields a sketch, unless the steps are few, then what `draw(sd, steps)` draws
     "The end of a few steps first"
     if sd.folded is None and steps>_rough:
         for sketch in draw(_lighter(sd), _rough, **_guided): pass
@@ -344,8 +344,8 @@ def film(
     sd,                                   # `SD` bundle
     text:str='A picture of a fox in the snow', # The prompt
     seed:int=32,                          # Of its noise
-    steps:int=20,                         # Of its sampler
-    sampler='euler',                      # As in `txt2img`
+    steps:int=20,                         # Of its sampler; a student has its own
+    sampler='euler',                      # As in `txt2img`; a student has its own
 ):
     "The steps of one picture under a slider"
     _check(sd, [text], [seed], steps)
@@ -419,7 +419,7 @@ def words(
     sd,                                   # `SD` bundle
     text:str='A picture of a fox in the snow', # The prompt
     seed:int=32,                          # Of its noise
-    steps:int=12,                         # Of its sampler
+    steps:int=12,                         # Of its sampler; a student has its own
 ):
     "Which places of the picture ask which word"
     _check(sd, [text], [seed], steps)
@@ -453,7 +453,7 @@ def start_step(
     image,                                # A PIL image, sides multiples of 8
     text:str='A picture of a panda in the forest', # What it shall become
     seed:int=5,                           # Of the noise
-    steps:int=20,                         # Of the whole schedule
+    steps:int=20,                         # Of the whole schedule; a student has its own
 ):
     "Strength against picture"
     image = as_rgb(image)

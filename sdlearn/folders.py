@@ -28,7 +28,7 @@ def safe_path(
     if os.path.isdir(file):
         raise ValueError(f"expected a .safetensors file, got the folder {str(file)!r}. Name the "
                          "file in it.")
-    if file.suffix=='.safetensors': return file
+    if file.suffix.lower()=='.safetensors': return file
     raise ValueError(f"expected a .safetensors file, got {file.name!r}: other kinds (.pt, .bin, "
                      ".ckpt) are pickles, which can run code when they are opened. Get it as "
                      ".safetensors, or, if you trust it, open it elsewhere and save its tensors.")
@@ -71,7 +71,7 @@ def read_note(
 
 def write_weights(
     file,            # A name or a path, .safetensors; replaced whole
-    arrays:dict,     # Name -> tensor, on any device
+    arrays:dict,     # Name -> tensor, on any device, each with numbers of its own
     notes:dict=None, # Name -> text to keep beside them
 )->Path:             # The file
     "Write a file of weights, its folder too"
@@ -275,6 +275,6 @@ def split_file(
 
 def predicts(
     file:Path, # A single file
-)->str:        # 'epsilon', or 'v_prediction' where the file has an array of that name
+)->str:        # 'epsilon', or 'v_prediction' where the file has an array named v_pred
     "What a single file's network predicts"
     with open_weights(file) as f: return 'v_prediction' if 'v_pred' in f.keys() else 'epsilon'

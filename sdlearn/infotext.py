@@ -91,7 +91,7 @@ def save_picture(
     whole_file(path, lambda part: im.save(part, **notes))
 
 def read_settings(
-    path, # A picture that `save_picture` wrote
+    path, # A .png, .jpg or .webp that `save_picture` wrote, with a prompt
 )->dict:  # Its settings
     "What a picture was made of; a picture without our note raises"
     from sdlearn.core import as_path
@@ -105,4 +105,5 @@ def read_settings(
     except (TypeError, ValueError): info = None
     if isinstance(info, dict) and isinstance(info.get('prompt'), str): return info
     raise ValueError(f"expected a picture with the settings that sdlearn writes, {Path(path).name} "
-                     "has none. Other programs and messengers take them out.")
+                     "has none. Only .png, .jpg and .webp keep them, and other programs and "
+                     "messengers take them out.")

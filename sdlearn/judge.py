@@ -17,7 +17,7 @@ from .folders import pocket_path, read_arrays, read_json, weights_file
 from .idea.contrast import ImageEncoder
 from .load import fill, load_own
 from .text import TextEncoder, at_end, encode_tokens, first_end
-from .tokenizer import Tokenizer, read_weights, tokenize
+from .tokenizer import Tokenizer, as_texts, read_weights, tokenize
 
 # %% ../nbs/62_judge.ipynb #e7553cc5
 class Clip(nn.Module):
@@ -57,13 +57,13 @@ def load_clip(
 
 @torch.no_grad()
 def scores(
-    images,        # PIL pictures
+    images,        # PIL pictures, square
     texts:list,    # Strings; the weight in `(red:1.3)` is left out
     path=None,     # A checkpoint folder; pocket when missing
 )->torch.Tensor:   # (n_images, n_texts) cosine similarities
     "What does pocket's CLIP see?"
     clip = load_clip(path)
-    if isinstance(texts, (list, tuple)): texts = [_unweighted(t) for t in texts]
+    texts = [_unweighted(t) for t in as_texts(texts)]
     return clip.image_features(images_to_tensor(images))@clip.text_features(texts).T
 
 # %% ../nbs/62_judge.ipynb #70222e61
@@ -85,12 +85,12 @@ def _read_clip(folder, mtimes, sizes): # stamps: so that the cache sees what has
                 Tokenizer.from_folder(folder/'tokenizer'), state['text_projection.weight'])
     return clip.float().eval().requires_grad_(False)    # whatever torch's default
 
-def _unweighted(text): return read_weights(text)[0] if isinstance(text, str) else text
+def _unweighted(text): return read_weights(text)[0]
 
 # %% ../nbs/62_judge.ipynb #731ac1ca
 def pixel_features(
     images,         # PIL pictures
-    side:int=64,    # They are shrunk to this
+    side:int=64,    # They are brought to this size
 )->torch.Tensor:    # (B, 3*side*side)
     "A picture as plain numbers, for distances that no network had a hand in"
     side = check_number(side, 'side', 1, read=whole)
@@ -106,9 +106,9 @@ def nearest(
 
 def share(
     right,   # Booleans
-)->float:    # 0..1
+)->float:    # 0..1, to four digits
     "How many of them are true"
     with suppress(TypeError, ValueError, RuntimeError):
-        said = torch.as_tensor(right).float().mean().item()
-        if 0<=said<=1: return round(said, 4)
+        said = torch.as_tensor(right).float()
+        if said.numel() and ((said==0)|(said==1)).all(): return round(said.mean().item(), 4)
     raise ValueError(f"expected at least one answer, each true or false, got {right!r}")

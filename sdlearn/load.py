@@ -172,7 +172,8 @@ class SD:
     def save(self,
         folder, # A new one
     )->Path:    # The folder
-        "Write diffusers' layout: `load_sd` reads it, and so does StableDiffusionPipeline"
+        """Write diffusers' layout: `load_sd` reads it, and so does StableDiffusionPipeline
+        (a student draws well there in its own steps and sampler, without guidance)"""
         return save_sd(self, folder)
     def __repr__(self):
         def line(name, net, note):
@@ -254,11 +255,14 @@ def _read_notes(path): # what the checkpoint says of itself: settings of `SD`
     return notes|read_made(said['_student']).settings(notes['schedule'])
 
 def _put_student(sd, fast): # the same networks, with another way to draw
-    file = sd.path/'fast'/student_file if fast is True else as_path(fast, 'a file')
-    made = read_student(file)
     if sd.folded is not None:
         raise ValueError(f"expected a checkpoint of many steps, got {sd.path.name}, which is a "
                          "student already. Leave fast out: it draws in its few steps.")
+    file = sd.path/'fast'/student_file if fast is True else as_path(fast, 'a file')
+    if fast is True and not file.exists():
+        raise FileNotFoundError(f"expected a student of {sd.path.name}, and there is none at "
+                                f"{str(file)!r}. Leave fast out, or name a student's file.")
+    made = read_student(file)
     merge_lora(read_lora(file, sd.unet), unet=sd.unet)
     return replace(sd, **made.settings(sd.schedule))
 
@@ -396,6 +400,7 @@ def save_sd(
     _check_liked(_own(sd))
     if sd.tokenizer is not None: _check_words(sd.tokenizer, sd.text_encoder)
     _check_home(sd)
+    sd = replace(sd, path=Path(sd.path))
     folder = Path(os.path.realpath(as_path(folder, 'a folder')))    # where a link leads
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"expected a folder that does not exist yet, got {str(folder)!r}. "

@@ -63,7 +63,7 @@ def _halved(onnx, weights): # rounded in place; scales, and the nodes that widen
 def halve_weights(
     path, # An ONNX file in float32; rewritten
 )->Path:  # The same
-    "Store the weights in 16 bits each, and calculate in 32 as before"
+    "Store large weights in 16 bits a number, and calculate in 32 as before"
     onnx = need('onnx')
     model = onnx.load(str(path))
     graph = model.graph
@@ -81,7 +81,7 @@ def write_networks(
     folder,     # Where to; made when missing
     small=None, # A `TinyVAE` that sketches the unfinished steps; None: the VAE draws them too
 )->dict:        # Name -> file
-    "The networks of a page: what `export_onnx` writes, in half the bytes or less"
+    "The networks of a page: what `export_onnx` writes, in about half the bytes or less"
     if sd.dtype!=torch.float32 or sd.device.type!='cpu':
         raise ValueError(f"expected networks in float32 on the CPU, got {sd.dtype} on {sd.device}. "
                          "Try sd.to('cpu', torch.float32).")
