@@ -71,7 +71,7 @@ class Edit:
     wanted:Tensor   # (1,77,D) the sentence, embedded
     pairs:dict      # The LoRA: `save_lora` writes it alone, `merge_lora` puts it on
     sentence:str='' # What was wished
-    shares:tuple=(0., 1.5) # From the picture to as loud as makes sense
+    shares:tuple=(0., 1.5) # How much of the wish: from the picture to as loud as makes sense
 
 def learn_edit(
     sd,                  # An `SD` bundle; it is not changed
@@ -99,13 +99,13 @@ def learn_edit(
 def draw_edit(
     sd,          # The bundle that it was learned on; it is not changed
     edit:Edit,   # From `learn_edit`
-    # How much of the wish, one for each picture: 0 is the picture, 1 the wish, 1.2 more
-    shares,
+    # How much of the wish, one for each picture: 0 is the picture, 1 the wish, 1.2 more;
+    shares=None, # None: the edit's own
     seed:int=0,  # The same noise for every share, so that only the words differ
     **settings,  # num_inference_steps, guidance_scale, progress ...: as in `generate_with_embs`
 )->list:         # PIL images
     "Pictures between a picture and a wish"
-    words = between(edit.found, edit.wanted, shares)
+    words = between(edit.found, edit.wanted, edit.shares if shares is None else shares)
     undo = merge_lora(edit.pairs, unet=sd.unet)
     try: return generate_with_embs(sd, words, seed=[seed]*len(words), **settings)
     finally: undo()

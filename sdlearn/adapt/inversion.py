@@ -53,7 +53,7 @@ def _longer(tokenizer, names): # a copy with these tokens at its end
 def with_words(
     tokenizer,    # Ours or transformers'
     names:list=(),# New tokens, e.g. ['<tiny>'], or with two vectors ['<tiny>', '<tiny>_1']
-):                # A copy; the one given is not touched
+):                # A copy; without any new word the one given, which is not touched
     "A tokenizer that knows more words; one of several vectors is written as its first token"
     names = as_texts(names) if names else []
     if odd := [n for n in names if len(all_ids(tokenizer, n))==3 or names.count(n)>1]:
@@ -96,7 +96,8 @@ def spread_timesteps(
     schedule:Schedule=SD_V1, # The checkpoint's noise levels
     lowest:float=.4, # They start at this share of the range: with less noise a word says little
 )->Tensor:           # (n,) int64; the first from the lowest nth part, and so on
-    "Timesteps to learn a word on, each as likely as any other, but never all early or all late"
+    """Timesteps to learn a word on, each from `lowest` on as likely as any other, but never all
+    early or all late"""
     n, lowest = check_number(n, 'n', 1, read=whole), check_number(lowest, 'lowest', 0, 1)
     places = torch.arange(n, device='cpu')+torch.rand(n, generator=generator, device='cpu')
     share = lowest+(1-lowest)*places/n
@@ -117,7 +118,7 @@ def _table(text_encoder): return text_encoder.get_input_embeddings().weight
 def add_words(
     sd,         # Anything with `tokenizer` and `text_encoder`, e.g. an `SD` bundle
     words:dict, # Token -> (n,D) vectors, as `read_words` gives them
-):              # Call it to take the words out again
+):              # Call it to take the words out again, the last first
     "Put words into a tokenizer and a table, in place"
     if not isinstance(words, dict):
         raise ValueError(f"expected words with their vectors, as a dict, got {words!r}")
@@ -130,7 +131,11 @@ def add_words(
                          f"got {len(old)} rows")
     sd.tokenizer = with_words(before, [t for w, r in words.items() for t in tokens_of(w, len(r))])
     _set_table(sd.text_encoder, torch.cat([old, *(r.to(old) for r in words.values())]))
+    after = sd.tokenizer
     def undo():
+        if sd.tokenizer is not after:
+            raise ValueError(f"expected {', '.join(words)} to be what was learned last, got other "
+                             "words on top. Take those out first.")
         sd.tokenizer = before
         _set_table(sd.text_encoder, _table(sd.text_encoder)[:len(old)].clone())
     return undo
@@ -158,8 +163,8 @@ def check_token(
 def _check_name(tokenizer, token): # of a word that comes with a name, perhaps its file's
     try: check_token(tokenizer, token)
     except ValueError as e:
-        raise ValueError(f"{e} To call it otherwise: load_word(file, token=...); a file with "
-                         "emb_params inside can be renamed.") from None
+        raise ValueError(f"{e} To call a word otherwise that is alone in its file: "
+                         "load_word(file, token=...).") from None
 
 def _check_rows(text_encoder, token, rows):
     d = _table(text_encoder).shape[1]
@@ -294,7 +299,7 @@ def learn_word(
     steps:int=300,    # Optimiser steps
     batch:int=8,      # Pictures per step
     seed:int=0,       # Everything random follows from it
-    path=None,        # State file: resumed from when it exists
+    path=None,        # State file: resumed from when it exists, with the same steps
     **settings,       # lr, decay, ema, progress, preview, preview_every ...: those of `fit`
 )->tuple:             # ((vectors,D) the word, loss of every step)
     "A new word from a few pictures (Gal et al. 2022); `save_word` and `sd.load_word` do the rest"

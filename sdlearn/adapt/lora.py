@@ -59,8 +59,10 @@ def _thin(layer, rank, generator): # down and up
         down = new(nn.Linear, layer.in_features, rank)
         up = new(nn.Linear, rank, layer.out_features)
     else:
+        if layer.groups>1:
+            raise ValueError(f"expected a convolution of one group, got {layer.groups} groups")
         down = new(nn.Conv2d, layer.in_channels, rank, layer.kernel_size, layer.stride,
-                   layer.padding, layer.dilation)
+                   layer.padding, layer.dilation, padding_mode=layer.padding_mode)
         up = new(nn.Conv2d, rank, layer.out_channels, 1)
     std = down.weight[0].numel()**-.5         # what comes out is about as large as what goes in
     nn.init.normal_(down.weight, std=std, generator=generator)
@@ -137,8 +139,8 @@ class Pair:
 
 def lora_pairs(
     **networks, # unet=, text_encoder=: those that `LowRank` layers were put on
-)->dict:        # 'unet.<name of a layer>' -> `Pair`, copies on the CPU
-    "What has been learned so far"
+)->dict:        # 'unet.<name of a layer>', 'text_encoder.<...>' -> `Pair`, copies on the CPU
+    "What has been learned so far; a layer's `scale` is not in it"
     def copy(x): return x.detach().cpu().clone()
     return {f'{piece}.{name.removeprefix("text_model.")}':
             Pair(copy(m.down.weight), copy(m.up.weight), m.alpha)
@@ -147,7 +149,7 @@ def lora_pairs(
 
 def take_lora(
     network, # One that `put_lora` was called on
-):           # The network as it was before
+):           # The network with its own layers again, frozen as `put_lora` left them
     "Take the low-rank changes off: the layers beneath were never touched"
     for name, m in [*network.named_modules()]:
         if isinstance(m, LowRank): _put(network, name, m.layer)
@@ -307,6 +309,8 @@ def lora_arrays(
     layout:str='diffusers', # Or 'kohya', which has alphas among the arrays
 )->dict:                    # Name in a file -> tensor
     "What a file of a LoRA holds"
+    if layout not in ('diffusers', 'kohya'):
+        raise ValueError(f"expected the layout 'diffusers' or 'kohya', got {layout!r}")
     arrays = {}
     for key, p in pairs.items():
         name = _diffusers_name(key) if layout=='diffusers' else _kohya_name(key)

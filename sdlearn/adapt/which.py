@@ -34,7 +34,7 @@ from ..pocket.scenes import render
 @dataclass
 class Taught:
     "What a checkpoint has learned, and what that took"
-    call:str        # In a sentence, with its article: '<it>', 'an orca', 'a sks whale'
+    call:str        # In a sentence, with its article: 'a <it>', 'an orca', 'a sks whale'
     put:Callable    # put(sd): into the checkpoint, in place; call what it returns to undo it
     save:Callable   # save(file) -> the file, as the lesson of this way writes it
     numbers:int     # So many were trained
@@ -259,7 +259,7 @@ def study_one(
     seed:int,    # Of pictures, training and drawing
     known:dict,  # From `seen_known`
 )->tuple:        # (name of the way -> what was counted of four, and drift; the pictures)
-    "Teach one subject in each way, and ask the judges"
+    "Teach one subject in each of `study_ways`, and ask the judges"
     old = [f'a picture of {article(five[subject])}']*6
     before, known = draw_taught(sd, untaught, old, 500), references(subject, five[subject], known)
     rows, sheet = dict(before=dict(it=_counts(nearer(before[:4], *known)))), before[:4]
@@ -278,7 +278,7 @@ def study(
     seeds=(0, 1, 2),   # Each subject is taught so often
     names=tuple(five), # Subjects
 )->dict:               # 'moose-0' -> way -> what was counted
-    "Five subjects, three seeds, every way; goes on where it was stopped"
+    "Five subjects, three seeds, all of `study_ways`; goes on where it was stopped"
     folder, known, sd = as_folder(folder), None, load_sd(networks='own')
     for name, seed in [(name, seed) for seed in seeds for name in names]:
         if (file := folder/f'{name}-{seed}.json').exists(): continue
@@ -318,6 +318,6 @@ def summary(
     return table
 
 # %% ../../nbs/45_which.ipynb #10b5e536
-def recorded_study()->dict: # As `read_study`, and 'weights': the fingerprint of the UNet's
+def recorded_study()->dict: # 'runs': as `read_study`; 'ways'; 'weights': the UNet's fingerprint
     "What the study counted on the weights in the box"
     return read_json(Path(str(files('sdlearn')/'adapt'/'study.json')))

@@ -43,8 +43,8 @@ def check_once(
                      "be answered by what was kept at the first. Take ddim, euler or dpmpp_2m.")
 
 class FeatureCache:
-    """A `UNet` that works out its deep floors at every so many steps only; for `predict_noise`
-    (DeepCache: Ma et al. 2023)"""
+    """A `UNet` that works out its deep floors at every so many steps only, and when a step was left
+    out; under torch.no_grad(), for `predict_noise` (DeepCache: Ma et al. 2023)"""
     def __init__(self,
         unet,        # A `UNet`, prepared or packed or as it is
         plan:Plan,   # The plan that samples: its timesteps say which step it is
@@ -64,7 +64,7 @@ class FeatureCache:
 
     def full(self,
         t,      # Timestep
-    )->bool:    # Is the whole network asked at this step?
+    )->bool:    # Is the whole network asked at this step, whatever was asked before?
         "Steps 0, every, 2*every, ..."
         return self.step(t)%self.every==0
 

@@ -27,7 +27,7 @@ SIGMA_DATA = .5         # std of the data (Karras et al. 2022), kept by Song et 
 def boundary(
     t,        # Timestep 0 to 999: a number, or a tensor (one per picture)
 )->tuple:     # c_skip, c_out: shares of the scaled input and of the predicted picture
-    "1 and 0 at t=0, so that f(x, 0) is x itself (Luo et al. 2023; Song et al. 2023, eq. 5)"
+    "1 and 0 at t=0, so that f(x, 0) is x_in itself (Luo et al. 2023; Song et al. 2023, eq. 5)"
     s = TIMESTEP_SCALING*t
     return SIGMA_DATA**2/(s**2+SIGMA_DATA**2), s/(s**2+SIGMA_DATA**2)**.5
 
@@ -48,7 +48,8 @@ def lcm_timesteps(
     original:int=50,         # Stops that were trained
     schedule:Schedule=SD_V1, # The checkpoint's noise levels
 )->list:                     # Whole timesteps, falling
-    "Some of the trained stops, evenly (diffusers' LCMScheduler, `original_inference_steps`)"
+    """Some of the trained stops, evenly (diffusers' LCMScheduler, `original_inference_steps`: the
+    same at 50 and 100; at others its rounding may take a neighbour)"""
     T = schedule.num_train_timesteps
     original = check_number(original, 'the number of trained stops', 1, T, whole)
     n = whole(num_inference_steps)

@@ -58,7 +58,7 @@ _blocks = dict(encoder=(1, 3, 3, 3), decoder=(3, 3, 3, 1)) # where a config does
 
 def read_tiny(
     config, # The content of a config.json of AutoencoderTiny
-):          # All of it as attributes, with diffusers' values for what it leaves out
+):          # What the networks here are made from, as attributes
     "Obey a small VAE's config, or refuse it by the names of its keys"
     said = dict(vars(config) if hasattr(config, '__dict__') else config)
     floors = {f'num_{part}_blocks': _floors(said, part) for part in _blocks}
@@ -68,7 +68,8 @@ def read_tiny(
     return found
 
 class TinyDecoder(nn.Module):
-    "Latents (B,4,h,w), scaled -> picture (B,3,8h,8w) in -1..1 (DecoderTiny, after TAESD)"
+    """Latents (B,4,h,w), scaled -> picture (B,3,8h,8w) around -1..1, some pixels beyond
+    (DecoderTiny, after TAESD)"""
     def __init__(self,
         config, # From `read_tiny`
     ):

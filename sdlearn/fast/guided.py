@@ -72,7 +72,7 @@ class GuidedUNet(nn.Module):
         nn.init.zeros_(self.cond_proj.weight)
 
     @property
-    def config(self): return self.network.config
+    def config(self): return getattr(self.network, 'config', None)   # a `SmallUNet` has none
 
     def told(self,
         guidance_scale, # A number, or a tensor (B,)
@@ -109,6 +109,8 @@ class GuidedUNet(nn.Module):
     ):                  # A plain network, a copy
         """The student for one scale: what is added before the first layer is
         the same as another bias of it, W(a+b) + c = W a + (W b + c)"""
+        if real(guidance_scale) is None:
+            raise ValueError(f"expected one guidance_scale, got {guidance_scale!r}")
         plain = copy.deepcopy(self.network)
         first = _first_layer(plain)
         first.bias.add_(first.weight@self.told(real(guidance_scale))[0].to(first.weight))

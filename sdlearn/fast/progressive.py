@@ -58,9 +58,10 @@ def nested_plans(
     teacher = make_plan('ddim', 2*len(student.timesteps), schedule)
     if teacher.timesteps[::2]==student.timesteps: return teacher, student
     few, many = (', '.join(f'{t:.0f}' for t in p.timesteps[:4]) for p in (student, teacher))
+    cure = ("Take another number: rounding parts them here" if schedule.timestep_spacing=='trailing'
+            else "Take dataclasses.replace(schedule, timestep_spacing='trailing')")
     raise ValueError(f"expected a student that stops at every second stop of its teacher, got "
-                     f"{few} ... and {many} .... Take timestep_spacing='trailing': "
-                     "dataclasses.replace(schedule, timestep_spacing='trailing').")
+                     f"{few} ... and {many} .... {cure}.")
 
 # %% ../../nbs/50_progressive.ipynb #98e99f63
 def truncated_snr(

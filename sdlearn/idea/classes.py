@@ -21,7 +21,7 @@ def one_hot(
     n:int=None,     # Pictures, when `labels` is None
 )->torch.Tensor:    # (B,classes) float; all zeros for None
     "Classes as the network is told them"
-    if labels is None: return torch.zeros(n, classes)
+    if labels is None: return torch.zeros(check_number(n, 'n', 0, read=whole), classes)
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"expected whole numbers for classes, got {labels.dtype}: {labels}")
@@ -58,7 +58,8 @@ def batch_loss(
     generator:torch.Generator, # On the CPU
     **kwargs,                  # For `noisy_batch`
 )->torch.Tensor:               # Scalar
-    "Squared error of the noise in a fresh batch, times sigma^2+1: what it does to the picture"
+    """Squared error of the noise in a fresh batch, times sigma^2+1: with much noise, what it does
+    to the picture"""
     x0, eps, sigma, told = noisy_batch(x, y, generator, **kwargs)
     return noise_loss(net, x0, told, sigma, eps, weight=sigma**2+1)
 
@@ -88,7 +89,8 @@ def read_class(
     sigmas:tuple=(.5, 1., 2.),  # Amounts of noise to try
     classes:int=10,             # How many there are
 )->torch.Tensor:                # (B,classes), largest for the class that explains the noise best
-    "How much less error with each class than without (diffusion classifier, Li et al. 2023, eq. 7)"
+    """Half of how much less squared error there is with each class than without, summed over
+    `sigmas` (diffusion classifier, Li et al. 2023, eq. 7)"""
     total = torch.zeros(len(x), classes)
     for sigma in sigmas:
         eps = torch.randn(x.shape, generator=generator).to(x)

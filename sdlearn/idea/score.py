@@ -23,8 +23,9 @@ def check_pictures(
     "Raise unless these are pictures as our networks expect them"
     if len(x)==0: raise ValueError("expected at least one picture, got an empty data set")
     if x.ndim!=4 or x.shape[1]!=1:
-        raise ValueError(f"expected pictures of shape (B,1,H,W), got {tuple(x.shape)}. "
-                         "Add the channel with x[:,None].")
+        cure = " Add the channel with x[:,None]."
+        raise ValueError(f"expected pictures of shape (B,1,H,W), got {tuple(x.shape)}."
+                         f"{cure*(x.ndim==3)}")
     if not (-1<=x.min() and x.max()<=1): # also true of NaN
         raise ValueError(f"expected pixels in -1..1, got {x.min():.3g}..{x.max():.3g}. "
                          "For bytes: x/127.5-1.")
@@ -84,7 +85,7 @@ def digits(
     if x.dtype==torch.uint8: x = x/127.5-1
     x = check_pictures(x[:,None] if x.ndim==3 else x).float()
     if y.is_floating_point() or (len(y) and y.min()<0):
-        raise ValueError("expected labels 0, 1, 2, ..., got others. Try labels.long().")
+        raise ValueError(f"expected whole labels 0, 1, 2, ..., got {y.dtype} from {y.min()}")
     y = y.long()
     if len(x)!=len(y):
         raise ValueError("expected one label per picture, "
@@ -177,7 +178,7 @@ def climb(
     x:torch.Tensor,  # (B,...) pictures to start from
     steps:int=100,   # How often
     C:float=.05,     # Step size: the gradient is multiplied by it
-)->list:             # steps+1 pictures, the first is `x`; pixels are kept in -1..1
+)->list:             # steps+1 pictures from `x` on; all pixels are kept in -1..1
     "Gradient ascent on the pixels"
     path = [x.clamp(-1, 1)]
     for _ in range(steps): path.append((path[-1]+C*gradient(f, path[-1])).clamp(-1, 1))

@@ -14,12 +14,12 @@ from ..sample import euler
 def geometric_sigmas(
     n:int,                # Steps
     sigma_max:float=15.,  # Where to start
-    sigma_min:float=.05,  # The last one above 0
+    sigma_min:float=.05,  # The last one above 0; one step alone starts at sigma_max
 )->list:                  # n+1 falling numbers, the last is 0
     "Every step takes off the same share C of the noise, the last one all of it"
     n = check_number(n, 'n', 1, read=whole)
     sigma_max, sigma_min = (check_number(s, 'a sigma', 0) for s in (sigma_max, sigma_min))
-    if not 0<sigma_min<=sigma_max:
+    if not 0<sigma_min<sigma_max:
         raise ValueError(f"expected sigmas that fall to one above 0, got {sigma_max}, {sigma_min}")
     return [sigma_max*(sigma_min/sigma_max)**(i/max(n-1, 1)) for i in range(n)]+[0.]
 
@@ -39,7 +39,7 @@ def draw(
 def momentum(
     beta:float=.5, # Share of the previous direction; negative looks ahead instead
 ):                 # eps -> direction, with a memory: make a new one for every drawing
-    "direction = beta*previous direction + (1-beta)*eps"
+    "direction = beta*previous direction + (1-beta)*eps; the first is eps"
     beta, last = check_number(beta, 'beta'), None
     def direction(eps):
         nonlocal last

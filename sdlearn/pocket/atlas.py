@@ -35,7 +35,7 @@ def check_atlas(
     path:Path=folder, # A folder that should have an atlas
 ):
     "Is there an atlas, and of our version?"
-    cure = 'Install sdlearn anew, or make it: python -m sdlearn.pocket atlas'
+    cure = f'Install sdlearn anew, or make it: python -m sdlearn.pocket atlas --out {path}'
     note = Path(path)/'atlas.json'
     if not (Path(path)/'subjects.json').exists():
         raise FileNotFoundError(f"expected an atlas in {path}, got no subjects.json. {cure}")
@@ -103,8 +103,8 @@ def _key(name): return str(name).strip().lower().replace('’', "'")
 def _index(): return {_key(name): (s, name) for s in _all() for name in s.names}
 
 def spelled(
-    name:str,  # A subject's name or another word for it, e.g. "Kitten" or "woman's hat"
-)->str:        # As the atlas spells it: "kitten", "woman’s hat"
+    name:str,  # A subject's name or another word for it, e.g. "Kitten", "rescue worker's helmet"
+)->str:        # As the atlas spells it: "kitten", "rescue worker’s helmet"
     "A name as captions have it; an unknown one raises with the nearest names"
     if _key(name) in _index(): return _index()[_key(name)][1]
     known = [n for _, n in _index().values()]

@@ -181,7 +181,7 @@ _plurals = dict(mouse='mice', sheep='sheep', fish='fish', wolf='wolves', cactus=
 
 def article(
     name:str,  # A noun, e.g. "otter"
-)->str:        # With its article, e.g. "an otter"; plurals and mass nouns stay as they are
+)->str:        # With its article, e.g. "an otter"; plurals and some mass nouns stay as they are
     "a, an, or nothing"
     if not isinstance(name, str) or not name: raise ValueError(f"expected a noun, got {name!r}")
     if _no_article.search(name): return name
@@ -190,7 +190,7 @@ def article(
 def plural(
     name:str,  # A noun, e.g. "red fox"
 )->str:        # "red foxes"
-    "More than one of it, for counts"
+    "More than one of it, for counts; as the captions of the training have it ('snowmans')"
     head, space, word = name.rpartition(' ')
     return head+space+(_plurals.get(word) or _regular(word))
 

@@ -16,7 +16,7 @@ def _folder(path):
 
 def facts(
     path=None, # A checkpoint folder; pocket when missing
-)->dict:       # `subjects`: how many it was trained on; `training`, `metrics`, `failures`
+)->dict:       # `subjects`: how many its scenes are drawn from; `training`, `metrics`, ...
     "What is known about a version of pocket, from the file pocket.json beside the weights"
     if known := read_json(_folder(path)/'pocket.json'): return known
     raise ValueError(f"expected the folder of a checkpoint, got {path}, which holds "
@@ -85,7 +85,7 @@ with sizes, places, colours, counts, two subjects in relation, nine styles and 2
 
 - **Layout**: diffusers' (`StableDiffusionPipeline.from_pretrained(folder)`), plus `clip/`, \
 the image encoder that it was trained with. Networks: UNet 12.6 million numbers, attention to \
-words at 16x16 and 8x8; 16x16x4 latents; CLIP's tokenizer, text encoder of 128 numbers per token.
+words at 16x16, 8x8 and 4x4; 16x16x4 latents; CLIP's tokenizer, text encoder of 128 numbers per token.
 - **Data**: scenes composed by `sdlearn.pocket.scenes` from six emoji sets: Noto Emoji and its \
 first version, the blobs (Apache-2.0), Fluent Emoji (MIT), Twemoji (CC-BY 4.0), EmojiOne 2.3 \
 (CC-BY 4.0), FxEmoji (CC-BY 4.0); names from Unicode CLDR (Unicode licence). \

@@ -25,7 +25,11 @@ from ..train import (check_mark, device_of, fingerprint, fit, learning, load_sta
 from ..vae import encode, scaling_factor
 
 # %% ../../nbs/64b_codec.ipynb #0debea67
-def patch_colour(x): return F.avg_pool2d(x, 8) # the mean of what lies under one latent
+def patch_colour(
+    x:torch.Tensor, # (B,3,H,W)
+)->torch.Tensor:    # (B,3,H/8,W/8)
+    "The mean colour of what lies under one latent"
+    return F.avg_pool2d(x, 8)
 
 def worst(
     y:torch.Tensor, # (B,3,H,W), what came back
@@ -123,7 +127,7 @@ def train_vae(
     steps:int,   # Optimiser steps
     path=None,   # Where the state is kept
     bs:int=128,  # Pictures in a batch
-    compiled=False, # On a GPU
+    compiled=False, # Compile on a GPU, in channels-last order
     **kw,        # To `fit`
 )->list:         # Loss of every step; the latents are not yet scaled
     "Train the autoencoder in place"
@@ -139,7 +143,7 @@ def _batches(n, bs): return [range(i, min(i+bs, n)) for i in range(0, n, bs)]
 def standardize(
     vae,         # `VAE`; its quant convolutions are changed in place
     data,        # `Pictures`, or uint8 (N,128,128,3)
-    n:int=4096,  # Measured on so many of them, evenly taken
+    n:int=4096,  # Measured on as many of them or more, evenly taken
 ):
     "Fold mean and scale of each latent channel into the quant convolutions: std 1 at 0.18215"
     some = range(0, len(data), max(1, len(data)//n))
@@ -193,7 +197,7 @@ def denoised(
     words,          # (B,77,D) text embeddings
     g,              # torch.Generator on the CPU
 )->torch.Tensor:    # Same shape
-    "Latents as the UNet leaves them: noised to t of 20 to 450, and cleaned in one step"
+    "Latents as the UNet leaves them: noised to t of 20 to 449, and cleaned in one step"
     t = torch.randint(20, 450, (len(z),), generator=g).to(z.device)
     noise, sigma = torch.randn(z.shape, generator=g).to(z), sigma_at(t)
     x = add_noise(z, noise, sigma)

@@ -492,6 +492,10 @@ def evaluate(
 # %% ../../nbs/65_evaluate.ipynb #0f29bc88
 def _field_type(field): return type(field.default) if field.default is not None else int
 
+_meant = dict(pictures='scenes to train on', processes='that draw them; one per core, 0: none more',
+              lr='times the learning rate of each stage', compiled='1: on a GPU, 0: never',
+              precision='no, bf16 or fp16', save_every='seconds between two saved states')
+
 def _train_options(p): # one for every field of `Recipe`
     from sdlearn.pocket.recipe import Recipe
     add, size = p.add_argument, p.add_mutually_exclusive_group().add_argument
@@ -501,8 +505,9 @@ def _train_options(p): # one for every field of `Recipe`
     size('--cpu', action='store_true', help='sizes for two cores; otherwise those for one GPU')
     add('--warm', metavar='FOLDER', help='a finished checkpoint to train on from')
     for f in fields(Recipe):
+        usual = f'default {f.default}' if f.default is not None else ''
         add(f"--{f.name.replace('_', '-')}", type=_field_type(f), default=argparse.SUPPRESS,
-            help=f'default {f.default}')
+            help='; '.join(filter(None, (_meant.get(f.name), usual))))
 
 def _evaluate_options(add):
     add('path', nargs='?', help='a checkpoint folder; pocket when missing')

@@ -27,7 +27,9 @@ def tint(
     rgba:np.ndarray,  # (h,w,4) bytes
     color:str,        # A key of `colors`
 )->np.ndarray:        # (h,w,4) bytes; opacity as it was
-    "Keep which pixel is brighter than which, replace the colour"
+    "Keep which pixel is brighter than which, all but the extremes; replace the colour"
+    if color not in colors:
+        raise ValueError(f"expected a colour out of {', '.join(colors)}, got {color!r}")
     g = _brightness(rgba.astype(np.float32))
     middle = np.array(colors[color], np.float32)
     dark = middle*.32

@@ -35,7 +35,12 @@ from ..unet import UNet
 from ..vae import VAE, decode
 
 # %% ../../nbs/64c_recipe.ipynb #642ef804
-def config_of(piece, folder=None): return read_json((folder or pocket_path())/piece/'config.json')
+def config_of(
+    piece:str,   # 'text_encoder', 'vae', 'unet' or 'clip'
+    folder=None, # A checkpoint; pocket when missing
+)->dict:
+    "The settings that a network is made from"
+    return read_json((folder or pocket_path())/piece/'config.json')
 
 class Pair(nn.Module):
     "Text encoder and image encoder with a learned temperature"
@@ -222,7 +227,7 @@ def save_checkpoint(
     out,              # Gets a diffusers folder; one that a recipe made is replaced
     vae, pair, unet,  # `VAE`, `Pair`, `UNet`
 ):
-    "Half-precision safetensors in the layout that all versions of diffusers and transformers read"
+    "Half-precision safetensors in diffusers' layout; transformers reads it from 4.48 on"
     out = Path(out)
     check_place(out)
     part = out.with_name(f'.{out.name}.part')
@@ -306,7 +311,7 @@ def check_recipe(
     check_number(r.lr, 'lr', 1e-6, 10)
     check_number(r.save_every, 'save_every', 0)
     if r.compiled not in (0, 1):
-        raise ValueError(f"expected compiled to be True or False, got {r.compiled!r}")
+        raise ValueError(f"expected compiled to be 1 or 0, got {r.compiled!r}")
     if r.precision not in ('no', 'bf16', 'fp16'):
         raise ValueError(f"expected a precision 'no', 'bf16' or 'fp16', got {r.precision!r}")
     if warm and (r.vae_steps or r.clip_steps) and not r.unet_steps:
@@ -418,8 +423,13 @@ def _settings(r, stage, lr, **kw): # to `fit`
                 mixed_precision=r.precision)|kw
 
 @torch.no_grad()
-def sheet(vae, unet, emb, path, n=8):
-    "Pictures while the UNet trains: one row of captions, ten Euler steps"
+def sheet(
+    vae, unet,  # `VAE`, `UNet`
+    emb,        # (1+N,77,D) embedded captions, behind that of no words
+    path,       # File to write
+    n=8,        # Captions to draw
+):
+    "Pictures while the UNet trains: one row of captions, ten Euler steps without guidance"
     few = emb[1:n+1].float().to(device_of(unet))
     plan = make_plan('euler', 10)
     ask = noise_predictor(unet, torch.cat([few, few]), 1.)

@@ -79,7 +79,7 @@ def _put(canvas, im, spot, wobble):
 def head(
     im:Image.Image,  # RGBA
 )->tuple:            # (x, y, width) in its pixels
-    "Where a hat goes: the middle of the topmost seventh of what is opaque"
+    "Where a hat goes: the middle of what is opaque in a seventh of the height, from its top down"
     solid = np.asarray(im)[..., 3]>128
     h, w = solid.shape
     if not solid.any(): return w/2, 0, w
@@ -235,7 +235,7 @@ def _attribute(rng):
     return dict(place=pick(rng, places))
 
 # %% ../../nbs/61_scenes.ipynb #7fd4fa5b
-def _single(rng, kind): # 18 of 70 nothing, 18 a style, 16 a background, 8 both, 10 an attribute
+def _single(rng, kind): # of 70, before any is held out: 18 plain, 18 a style, 16 a background, ...
     how = dict(subject=_said(rng, _anyone(rng, .35)))
     if .18<=kind<.36 or .52<=kind<.60: how['style'] = pick(rng, [*styles][1:])
     if .36<=kind<.60: how['background'] = pick(rng, [*backgrounds][1:])
@@ -259,7 +259,8 @@ def _pair(rng):
 def scene(
     i:int, # Number of the scene: the same number, the same scene
 )->Scene:  # With a seed; never held out
-    "Draw a scene to train on: of 100, 70 of one subject, 6 of several, 24 of two in relation"
+    """Draw a scene to train on: of 100, 70 of one subject, 6 of several, 24 of two in relation;
+    those that are held out are drawn anew, which leaves 73, 6 and 22"""
     rng = np.random.default_rng(check_number(i, 'the number of a scene', 0, read=whole))
     while True:
         kind = rng.random()
