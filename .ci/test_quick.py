@@ -4630,6 +4630,23 @@ def test_a_run_is_gone_on_with_as_it_began(tmp_path):
     with pytest.raises(ValueError, match='1000002'): batch_rng(0, 1_000_003)
     with pytest.raises(FileNotFoundError, match='there is no'): load_state(tmp_path/'none')
 
+@pytest.mark.parametrize('name', ['euler', 'dpmpp_2m', 'unipc', 'lms'])
+def test_a_sampler_goes_on_from_what_is_assigned(name):
+    from sdlearn.sample import make_plan, sample
+    def end(pushed):
+        plan = make_plan(name, 10)
+        for step in sample(plan, lambda x, sigma, t: (x-1)/(1+sigma**2)**.5, plan.start(torch.ones(1, 4, 2, 2))):
+            if step.i==pushed: step.x_next = step.x_next+2
+        return step.x_next.mean().item()
+    moved = end(5)-end(None)
+    assert .2<moved<1.2, moved      # 2, less what the later steps take back
+
+def test_a_message_names_what_is_wrong():
+    from sdlearn.guidance import cfg, target_loss
+    x = torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match='one guidance_scale, or one per picture'): cfg(x, x, torch.ones(3))
+    with pytest.raises(ValueError, match=r'like pictures of shape \(2, 3, 8, 8\), got \(3, 3, 8, 8\)'): target_loss(x, torch.zeros(3, 3, 8, 8))
+
 def test_a_grade_does_not_round():
     from sdlearn.core import agrees
     for wrong, right in ((2.9, 2), ([1.6, 2.2], [1, 2]), (torch.tensor([1+5j]), [1.])):

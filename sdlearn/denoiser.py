@@ -128,13 +128,13 @@ def noise_loss(
     error = (said-target).square().flatten(1).mean(1)
     if weight is not None and weight.numel()!=len(error):
         raise ValueError(f"expected one weight per picture ({len(error)}), got {weight.numel()}")
-    return (error if weight is None else weight.flatten()*error).mean()
+    return (error if weight is None else weight.flatten().to(error)*error).mean()
 
 # %% ../nbs/35b_denoiser.ipynb #9cb06d6d
 @dataclass
 class Step:
-    """One model call of a sampler. Assign to `x_next` in the loop,
-    and the sampler goes on from there"""
+    """One model call of a sampler. Assign to `x_next` in the loop, and the sampler goes on from
+    there; of two calls for one step, the first is a trial and only looked at"""
     i:int             # Number of the model call, from 0
     t:float           # Timestep told to the model, 0 to 999
     sigma:float       # Noise std of `x`

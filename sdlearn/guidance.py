@@ -31,7 +31,7 @@ def cfg(
                          f"got {tuple(noise_pred_uncond.shape)} and "
                          f"{tuple(noise_pred_text.shape)}. Predict both for the same x.")
     scale = check_scale(guidance_scale, several=True)
-    if isinstance(scale, Tensor): scale = sigma_like(scale, noise_pred_text)
+    if isinstance(scale, Tensor): scale = sigma_like(scale, noise_pred_text, name='guidance_scale')
     return noise_pred_uncond+scale*(noise_pred_text-noise_pred_uncond)
 
 # %% ../nbs/36_guidance.ipynb #38bdfe44
@@ -78,7 +78,7 @@ def brightness_loss(
 
 def contrast_loss(
     images:Tensor,     # (B,3,H,W) in 0..1
-    target:float=.1,   # Std of the grey values; 0 is flat, .5 the most there is
+    target:float=.1,   # Std of the grey values; 0 is flat, black and white have .5
 )->Tensor:             # Scalar, mean over the pictures
     "How far the contrast of each picture is from `target`"
     return (_rgb(images).mean(1).flatten(1).std(1)-target).abs().mean()
@@ -89,8 +89,8 @@ def target_loss(
 )->Tensor:             # Scalar, mean over the pictures
     "Mean squared distance to a picture"
     if target.shape[1:]!=_rgb(images).shape[1:] or len(target) not in (1, len(images)):
-        raise ValueError(f"expected a target of shape {tuple(images.shape[1:])} for each picture, "
-                         f"got {tuple(target.shape[1:])}. Resize it before.")
+        raise ValueError("expected one target, or one for each picture, like pictures of shape "
+                         f"{tuple(images.shape)}, got {tuple(target.shape)}")
     return F.mse_loss(images, target.to(images).expand_as(images))
 
 def clip_loss(
@@ -154,8 +154,9 @@ def check_loss(
 
 # %% ../nbs/36_guidance.ipynb #0eedc70c
 class LossGuide:
-    """Push the latents downhill on a loss after a step;
-    give it to the pipeline as `on_step`, or call it in your own loop"""
+    """Push the latents downhill on a loss after a step; give it to the pipeline as `on_step`, or
+    call it in your own loop. Diffusers' UniPC and SASolver go on from what they planned themselves,
+    and hardly follow"""
     def __init__(self,
         loss_fn:Callable,     # Pictures (B,3,H,W) in 0..1 -> scalar, a mean over the pictures
         decode_fn:Callable,   # Latents -> pictures (B,3,H,W) in -1..1; e.g. partial(decode, vae)

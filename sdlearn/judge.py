@@ -35,7 +35,7 @@ class Clip(nn.Module):
         x:torch.Tensor, # (B,3,H,W) in -1..1
     )->torch.Tensor:    # (B,128) unit vectors; differentiable
         "Where pictures lie"
-        return self.image(x)
+        return self.image(x.to(self.projection.device))
     def text_features(self,
         texts:list,     # Strings
     )->torch.Tensor:    # (B,128) unit vectors

@@ -54,7 +54,8 @@ def full_change(
     return (up.flatten(1)@down.flatten(1)).reshape(like.shape)
 
 def _thin(layer, rank, generator): # down and up
-    def new(kind, *how): return skip_init(kind, *how, bias=False)  # its numbers are drawn below
+    def new(kind, *how, **more): # its numbers are drawn below
+        return skip_init(kind, *how, bias=False, **more)
     if isinstance(layer, nn.Linear):
         down = new(nn.Linear, layer.in_features, rank)
         up = new(nn.Linear, rank, layer.out_features)
