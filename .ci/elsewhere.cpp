@@ -210,6 +210,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("unfold", &at::native::unfold);
   m.impl("convolution_overrideable", &convolution);
   m.impl("convolution_backward_overrideable", &convolution_back);
-  for (auto name : {"native_group_norm", "native_group_norm_backward", "native_layer_norm", "native_layer_norm_backward"})
+  for (auto name : {"native_group_norm", "native_group_norm_backward", "native_layer_norm", "native_layer_norm_backward",
+                    "replication_pad2d"}) // else they are put together from others, which lose the order of channels
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
 }

@@ -17,7 +17,7 @@ from .tokenizer import read_weights, tokenize
 def same_weights(
     net:nn.Module, # Any
 )->nn.Module:      # Other modules around the same weights and buffers
-    "What is hung on these modules, nobody else's call meets"
+    "Hooks of the way forward that are hung on these modules, nobody else's call meets"
     other = type(net).__new__(type(net))
     modules = {k: m and same_weights(m) for k, m in net._modules.items()}
     vars(other).update(vars(net), _modules=modules, _forward_hooks=net._forward_hooks.copy(),
@@ -91,7 +91,7 @@ def token_places(
     prompt:str, # A prompt; marks such as (word:1.3) do not count
     word:str,   # A word or phrase in it
 )->list:        # Its places among the 77 tokens
-    "Where a word stands in a prompt; one that is not in it raises with the tokens that are"
+    "Where a word stands first in a prompt; one that is not in it raises with the tokens that are"
     rows = tokenize(tokenizer, [read_weights(t)[0] for t in (prompt, word)]).tolist()
     ids, wanted = (row[1:row.index(tokenizer.eos_token_id)] for row in rows)
     hits = [i for i in range(len(ids)-len(wanted)+1) if wanted and ids[i:i+len(wanted)]==wanted]

@@ -13,10 +13,10 @@ from typing import Callable, NamedTuple
 import numpy as np, torch
 from PIL import Image
 from torch.nn import functional as F
-from .core import (as_rgb, check_picture, check_tensor, generator_of, image_grid,
-                          images_to_tensor, progress_bar, real, upright, whole)
+from .core import (as_rgb, check_number, check_picture, check_tensor, generator_of,
+                          image_grid, images_to_tensor, progress_bar, real, upright, whole)
 from .configs import latent_size
-from .denoiser import noise_predictor
+from .denoiser import noise_predictor, teacher_hint
 from .guidance import check_scale
 from .sample import is_scheduler, make_plan, noise_from, sample
 from .schedule import check_steps, scale_input
@@ -57,7 +57,7 @@ _widest = 2**15 # pixels: more than any memory holds
 def _check_strength(strength): # as Python's float
     share = real(strength)
     if share is not None and 0<=share<=1: return share
-    raise ValueError("expected a strength from 0 (the image as it is) to 1 (ignored), "
+    raise ValueError("expected a strength from 0 (as the VAE gives it back) to 1 (ignored), "
                      f"got {strength!r}")
 
 # %% ../nbs/38_pipeline.ipynb #9bca0a2b
@@ -157,11 +157,13 @@ def draw_all(
     sd,            # `SD` bundle
     prompts:list,  # Strings
     seed:int=0,    # Picture `i` is drawn from `seed+i`
-    bs:int=8,      # Pictures at a time
+    bs:int=8,      # Pictures at a time, 1 or more
     bar=None,      # A progress bar that counts pictures, from `tqdm`
-    **settings,    # num_inference_steps, guidance_scale ...: as in `txt2img`
+    **settings,    # num_inference_steps, negative_prompt for all ...: as in `txt2img`
 )->list:           # One PIL picture per prompt
     "Pictures for many prompts, in batches"
+    bs, seed = (check_number(n, k, low, read=whole)
+                for n, k, low in ((bs, 'bs', 1), (seed, 'a seed', 0)))
     images = []
     for i in range(0, len(prompts), bs):
         images += txt2img(sd, prompts[i:i+bs], seed=seed+i, **dict(progress=False)|settings)
@@ -212,7 +214,8 @@ def _seeds(seed, n): # one integer or torch.Generator per picture
     if (first := whole(seed)) is not None: return [first+i for i in range(n)]
     seeds = list(seed) if _several(seed) else [seed]
     if len(seeds)==n: return seeds
-    raise ValueError(f"expected one seed or {n}, one per prompt, got {len(seeds)}: {seed!r}")
+    raise ValueError(f"expected a seed to count from, or {n} of them, one per prompt, "
+                     f"got {len(seeds)}: {seed!r}")
 
 def _generators(seed, n): return [generator_of(s) for s in _seeds(seed, n)]
 
@@ -232,7 +235,7 @@ def _warn_unheard(sd, negative_prompt, guidance_scale, guidance_interval):
     if (sd.guidance_scale if guidance_scale is None else guidance_scale)!=1: return
     said = [negative_prompt not in (None, '') and any(negative_prompt) and 'a negative prompt',
             guidance_interval is not None and 'a guidance_interval']
-    cure = 'Take more than 1.' if sd.folded is None else 'load_sd() without fast hears it.'
+    cure = 'Take more than 1.' if sd.folded is None else f'Its teacher hears it: {teacher_hint}.'
     for what in filter(None, said):
         warnings.warn(f"{what} is not heard at guidance_scale 1, which asks the prompt "
                       f"alone. {cure}")
@@ -252,7 +255,7 @@ def plan_for(
             sampler==own[0] or is_scheduler(sampler) and _alike(plan, mine)): return plan
     raise ValueError(f"expected {own[1]} steps of {own[0]!r}, which this student was made for, "
                      f"got {n} of {sampler if isinstance(sampler, str) else type(sampler)}. Leave "
-                     "num_inference_steps and sampler out; load_sd() without fast takes any.")
+                     f"num_inference_steps and sampler out; its teacher takes any: {teacher_hint}.")
 
 def _alike(*plans): # do they lead to the same place, whatever a network says?
     def end(plan):
@@ -272,7 +275,8 @@ def start_step(
     taken = int(n*share)
     if share and not taken:
         warnings.warn(f"strength {share:g} of {n} steps is less than one: "
-                      f"the image stays as it is. Take {-(-1000//n)/1000:g} or more.")
+                      "the image only goes through the VAE. "
+                      f"Take {-(-1000//n)/1000:g} or more.")
     return n-taken
 
 class Begun(NamedTuple):
@@ -300,7 +304,7 @@ def img2img(
     sd,                          # `SD` bundle from `load_sd`
     prompt=None,                 # A string or a list of them
     image=None,                  # A PIL image or one per prompt, any mode; sides multiples of 8
-    strength:float=.6,           # 0 returns the image, 1 ignores it
+    strength:float=.6,           # 0 returns the image, as the VAE gives it back; 1 ignores it
     negative_prompt=None, num_inference_steps:int=None, guidance_scale:float=None, # As in `txt2img`
     seed=None, sampler=None, guidance_interval:tuple=None,       # As in `txt2img`
     on_step=None, progress:bool=True, eps_fn=None,               # As in `txt2img`
@@ -402,14 +406,14 @@ def _masks(mask, images): # one PIL mask per picture, of its size
                          "Try mask.resize(image.size).")
     if any(m.getextrema()==(0, 0) for m in masks):
         warnings.warn("a mask is black everywhere, so nothing is redrawn. White is redrawn: "
-                      "PIL.ImageOps.invert(mask) turns it around.")
+                      "PIL.ImageOps.invert(mask.convert('L')) turns it around.")
     return masks
 
 # %% ../nbs/38_pipeline.ipynb #7bbe0c34
 @torch.no_grad()
 def step_panel(
     sd,    # `SD` bundle
-    step,  # A `Step` of the loop
+    step,  # A `Step` of the loop; the first picture of its batch is shown
 )->Image.Image: # Two pictures side by side
     "Left the latents as the UNet sees them (scaled to std 1), right the predicted picture"
     both = torch.cat([scale_input(step.x[:1], step.sigma), step.x0[:1]])

@@ -339,13 +339,22 @@ def _check_training(loss_fn, n, seed, lr, precision): # the numbers, as Python h
     return n, seed, real(lr)
 
 # %% ../nbs/91_train.ipynb #1ba0c00a
-def _tensor_mark(x): # shape, kind, a sample of the numbers, and the sum of all their bytes
+_whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}    # bytes of a number -> read so
+
+def _tensor_mark(x): # shape, kind, a sample of the numbers, and the sum of all, read as whole ones
     if isinstance(x, np.ndarray) and x.dtype.kind not in 'biufc':       # words, or objects
         return f'{x.shape} {x.dtype} {_mark(x.tolist())}'
-    flat = torch.as_tensor(x).detach().resolve_conj().contiguous().flatten()
-    some = flat[::max(1, len(flat)//4096)].cpu().contiguous().view(torch.uint8).numpy()
-    total = flat.view(torch.uint8).sum(dtype=torch.int64).item()
-    return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(some.tobytes()).hexdigest()[:12]} {total}'
+    if isinstance(x, np.ndarray):
+        flat = np.ascontiguousarray(x).reshape(-1)
+        some = flat[::_every(flat)].tobytes()
+        total = flat.view(f'i{min(flat.itemsize, 8)}').sum(dtype=np.int64)
+    else:
+        flat = x.detach().resolve_conj().contiguous().flatten()
+        some = flat[::_every(flat)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        total = flat.view(_whole.get(flat.itemsize, torch.int64)).sum(dtype=torch.int64).item()
+    return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(some).hexdigest()[:12]} {total}'
+
+def _every(flat): return max(1, len(flat)//4096)
 
 _one = dict(LOAD_METHOD='LOAD_ATTR', CALL_METHOD='CALL', CALL_FUNCTION='CALL')
 _stack_marks = re.compile(r'^(NULL|self|\|)+ \+ | \+ (NULL|self|\|)+$') # 3.11, 3.12; 3.13

@@ -155,8 +155,8 @@ class OnnxUNet:
         if [*x_in.shape[1:]]!=[*sides] or len(x_in)%self.batch:
             raise ValueError(f"expected latents of {' x '.join(map(str, sides))} numbers, "
                              f"{self.batch} at a time, got {tuple(x_in.shape)}: the file knows no "
-                             "other shape. Another number takes another export; for another size, "
-                             "draw with the UNet itself.")
+                             "other shape. Export anew for another number; another size takes "
+                             "the UNet itself.")
         t = torch.as_tensor(t).float().reshape(-1).expand(len(x_in))
         groups = zip(*(v.split(self.batch) for v in (x_in, t, text_embeddings)))
         said = [self.run(x_in=x, t=t, text_embeddings=words) for x, t, words in groups]

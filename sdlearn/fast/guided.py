@@ -109,8 +109,8 @@ class GuidedUNet(nn.Module):
     ):                  # A plain network, a copy
         """The student for one scale: what is added before the first layer is
         the same as another bias of it, W(a+b) + c = W a + (W b + c)"""
-        if real(guidance_scale) is None:
-            raise ValueError(f"expected one guidance_scale, got {guidance_scale!r}")
+        if isinstance(guidance_scale, Tensor) and guidance_scale.numel()>1:
+            raise ValueError(f"expected one guidance_scale, got {len(guidance_scale)}")
         plain = copy.deepcopy(self.network)
         first = _first_layer(plain)
         first.bias.add_(first.weight@self.told(real(guidance_scale))[0].to(first.weight))

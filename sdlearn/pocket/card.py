@@ -85,7 +85,8 @@ with sizes, places, colours, counts, two subjects in relation, nine styles and 2
 
 - **Layout**: diffusers' (`StableDiffusionPipeline.from_pretrained(folder)`), plus `clip/`, \
 the image encoder that it was trained with. Networks: UNet 12.6 million numbers, attention to \
-words at 16x16, 8x8 and 4x4; 16x16x4 latents; CLIP's tokenizer, text encoder of 128 numbers per token.
+words at 16x16, 8x8 and 4x4; 16x16x4 latents; CLIP's tokenizer, text encoder of 128 numbers per \
+token.
 - **Data**: scenes composed by `sdlearn.pocket.scenes` from six emoji sets: Noto Emoji and its \
 first version, the blobs (Apache-2.0), Fluent Emoji (MIT), Twemoji (CC-BY 4.0), EmojiOne 2.3 \
 (CC-BY 4.0), FxEmoji (CC-BY 4.0); names from Unicode CLDR (Unicode licence). \

@@ -307,7 +307,7 @@ def there_and_back(
     "Pictures through the autoencoder"
     x = images_to_tensor(images)
     back = torch.cat([decode(vae, encode(vae, b)) for b in x.split(8)])
-    return x, back.clamp(-1, 1)
+    return x, back.clamp(-1, 1).to(x.device)
 
 def corner(
     x:torch.Tensor,  # (B,C,H,W)

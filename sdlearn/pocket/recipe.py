@@ -125,7 +125,7 @@ def warm_networks(
     "The networks of a checkpoint, to be trained on"
     folder = as_path(folder, 'the folder of a checkpoint')
     check_layout(folder)
-    sd = load_sd(folder, networks='own')
+    sd = load_sd(folder, 'cpu', networks='own')
     pair = Pair(sd.text_encoder, ImageEncoder(**config_of('clip', folder)))
     state, _ = read_arrays(folder/'clip'/'model.safetensors')
     pair.load_state_dict(state|dict(scale=state['scale'].reshape(())), strict=False)
