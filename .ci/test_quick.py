@@ -5206,6 +5206,10 @@ def test_word_maps_of_every_side(tmp_path):
     upright[0] = 1
     found = word_map(dict(a=upright.reshape(1, 1, 27, 1).expand(1, 2, 27, 77)), [2], (136, 40))
     assert found[:10].min()>.5 and found[40:].max()<.01
+    wide = torch.zeros(4, 8)        # of a size whose latents say nothing: by its proportions
+    wide[-1] = 1
+    found = word_map(dict(a=wide.reshape(1, 1, 32, 1).expand(1, 2, 32, 77)), [2], (60, 120))
+    assert found[-6:].min()>.9 and found[:30].max()<.01
 
 def test_a_strength_that_is_recommended_is_enough():
     from sdlearn.pipeline import start_step

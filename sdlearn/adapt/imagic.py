@@ -16,7 +16,7 @@ from .lora import learn_lora, lora_arrays, lora_loss, merge_lora, read_lora
 from ..core import as_folder, check_picture, check_tensor, real
 from ..folders import read_arrays, safe_path, write_weights
 from ..pipeline import encode_prompt, generate_with_embs
-from ..train import fit, learning
+from ..train import device_of, fit, learning
 
 # %% ../../nbs/44_imagic.ipynb #5ad7a918
 class Told(nn.Module):
@@ -26,7 +26,7 @@ class Told(nn.Module):
         words:Tensor, # (1,77,D) where to start
     ):
         super().__init__()
-        self.words = nn.Parameter(words.detach().float().clone())
+        self.words = nn.Parameter(words.detach().float().clone().to(device_of(unet)))
         self.unet, self.config = unet, unet.config
     def forward(self, x_in, t, given):
         kind = next(self.unet.parameters()).dtype
@@ -61,7 +61,7 @@ def between(
     shares = list(shares) if isinstance(shares, (list, tuple, Tensor)) else [shares]
     if not shares or any(real(s) is None for s in shares):
         raise ValueError(f"expected shares of the wish, numbers such as [0, .5, 1], got {shares!r}")
-    return torch.cat([torch.lerp(found, wanted, real(s)) for s in shares])
+    return torch.cat([torch.lerp(found, wanted.to(found), real(s)) for s in shares])
 
 # %% ../../nbs/44_imagic.ipynb #e5b4d1c0
 @dataclass

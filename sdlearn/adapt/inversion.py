@@ -354,7 +354,8 @@ def moved(
     start:Tensor, # (n,D) before
 )->float:         # 0: not at all; 1: as far as the start word's own length
     "How far a word has gone from where it started"
-    if rows.shape==start.shape and start.any(): return ((rows-start).norm()/start.norm()).item()
+    if rows.shape==start.shape and start.any():
+        return ((rows.to(start)-start).norm()/start.norm()).item()
     raise ValueError(f"expected vectors (n,D) from before and after, got {tuple(start.shape)} and "
                      f"{tuple(rows.shape)}; all zeros are no start")
 

@@ -141,6 +141,7 @@ def teacher_answers(
     "Let a teacher draw with guidance, and write down what it is asked and what it answers"
     check_tensor(text_embeddings, 'text embeddings in two halves', f'({2*len(noise)},77,D)')
     check_tensor(scales, 'one guidance scale for each picture', f'({len(noise)})')
+    text_embeddings, noise = (x.to(device_of(sd.unet)) for x in (text_embeddings, noise))
     words, rows = text_embeddings.chunk(2)[1], []
     def ask(x, sigma, t):
         x_in, ts = scale_input(x, sigma), torch.full((len(x),), float(t), device=x.device)
