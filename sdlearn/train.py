@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_rng', 'device_of', 'step_of', 'save_state', 'load_state', 'differences', 'check_mark', 'saver', 'one_writer',
            'ema_decay', 'lr_factor', 'trained', 'learning', 'TrainStep', 'put', 'train_steps', 'processes',
-           'fingerprint', 'fit', 'averaged_weights']
+           'fingerprint', 'fit', 'averaged_weights', 'stop']
 
 # %% ../nbs/91_train.ipynb #08907efe
 import dis, hashlib, math, pickle, re, struct, time
@@ -460,7 +460,7 @@ def fit(
             return step.state()|dict(losses=losses, mark=mark, buffers=dict(model.named_buffers()),
                                      start=state['start'] if state else start)
         for step in _kept(bar, save, now):
-            if not step.good: _stop(step, path)
+            if not step.good: stop(step, path)
             losses.append(step.loss)
             averaged = step.averaged
             if step.i%20==0: bar.set_postfix(loss=f'{np.mean(losses[-100:]):.4f}')
@@ -517,7 +517,11 @@ def _check_start(state, params): # as it was then, as a stop by hand left it, or
     raise ValueError("expected the state of these weights, got one that started from others. "
                      "Delete it, or choose another path.")
 
-def _stop(step, path):
+def stop(
+    step,  # A `TrainStep` that is not good
+    path,  # The state file, or None
+):
+    "Say where a training went wrong, and what is left of it"
     kept = path and Path(path).exists()
     where = f"{path} holds an earlier state. " if kept else ''
     raise FloatingPointError("expected a finite loss, gradient and weights, got others at step "

@@ -92,7 +92,7 @@ first version, the blobs (Apache-2.0), Fluent Emoji (MIT), Twemoji (CC-BY 4.0), 
 (CC-BY 4.0), FxEmoji (CC-BY 4.0); names from Unicode CLDR (Unicode licence). \
 CLIP's vocabulary of 49,408 (MIT). NOTICE names the makers; none of them endorses this.
 - **Licence**: Apache-2.0 for the weights; see NOTICE for what they were made from.
-- **Recipe**: `python -m sdlearn.pocket train`
+- **Recipe**: `python -m sdlearn.pocket train`, whose stages the runs below went through
 - **Recommended**: guidance_scale {guidance:g}. Measured with {settings}.
 
 ## Training

@@ -20,8 +20,8 @@ from ..idea.autoencoder import kl
 from .pictures import batch_of, picks, usable
 from ..schedule import add_noise, scale_input, sigma_at
 from ..train import (check_mark, device_of, fingerprint, fit, learning, load_state,
-                           one_writer, processes, put, save_state, saver, step_of, train_steps,
-                           trained)
+                           one_writer, processes, put, save_state, saver, step_of, stop,
+                           train_steps, trained)
 from ..vae import encode, scaling_factor
 
 # %% ../../nbs/64b_codec.ipynb #0debea67
@@ -362,8 +362,5 @@ def _bar(stream, steps, done, progress):
 
 def _checked(both, path): # the decoder's step, when both are finite
     for step in both:
-        if step and not step.good:
-            raise FloatingPointError("expected finite weights of decoder and critic, got others "
-                                     f"at step {step.i}. The last good state is kept in {path}. "
-                                     "Try a smaller learning rate.")
+        if step and not step.good: stop(step, path)
     return both[0]
