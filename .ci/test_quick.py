@@ -4601,10 +4601,19 @@ def test_a_fingerprint_sees_every_number():
     other = few.clone()
     other[1] = 5.           # between two of the sample
     assert fingerprint(few)!=fingerprint(other)
-    net = torch.nn.BatchNorm1d(3).requires_grad_(False)
+    few[2] = 5.             # the same numbers in another order
+    assert fingerprint(few)!=fingerprint(other)
+    net = torch.nn.BatchNorm1d(3).requires_grad_(False).eval()
     before = fingerprint(net)
     net.running_mean[0] = 3.
     assert fingerprint(net)!=before
+    net.train()             # it counts for itself: not another net
+    before = fingerprint(net)
+    net.running_mean[0] = 4.
+    assert fingerprint(net)==before
+    for a, b in ((np.array(['2020-01-01'], 'M8[D]'), np.array(['1999-01-01'], 'M8[D]')), (np.array(['a', 'b']), np.array(['a', 'c'])),
+                 (np.array([1, None], dtype=object), np.array([2, None], dtype=object)), (np.longdouble(1), np.longdouble(2))):
+        assert fingerprint(a)!=fingerprint(b), a
 
 def test_a_run_is_gone_on_with_as_it_began(tmp_path):
     from sdlearn.train import batch_rng, fit, load_state
@@ -4628,6 +4637,7 @@ def test_a_run_is_gone_on_with_as_it_began(tmp_path):
         torch.set_grad_enabled(True)            # does not help here
         with pytest.raises(ValueError, match='outside'): run(2, 'e')
     with pytest.raises(ValueError, match='1000002'): batch_rng(0, 1_000_003)
+    with pytest.raises(ValueError, match='a number of steps'): run(1_000_004, 'f')      # before any
     with pytest.raises(FileNotFoundError, match='there is no'): load_state(tmp_path/'none')
 
 @pytest.mark.parametrize('name', ['euler', 'dpmpp_2m', 'unipc', 'lms'])
@@ -4636,10 +4646,13 @@ def test_a_sampler_goes_on_from_what_is_assigned(name):
     def end(pushed):
         plan = make_plan(name, 10)
         for step in sample(plan, lambda x, sigma, t: (x-1)/(1+sigma**2)**.5, plan.start(torch.ones(1, 4, 2, 2))):
-            if step.i==pushed: step.x_next = step.x_next+2
+            if step.i==pushed: push(step)
         return step.x_next.mean().item()
+    def push(step): step.x_next = step.x_next+2
     moved = end(5)-end(None)
     assert .2<moved<1.2, moved      # 2, less what the later steps take back
+    def push(step): step.x_next += 2
+    assert abs(end(5)-end(None)-moved)<1e-5
 
 def test_a_message_names_what_is_wrong():
     from sdlearn.guidance import cfg, target_loss
@@ -4652,6 +4665,27 @@ def test_a_grade_does_not_round():
     for wrong, right in ((2.9, 2), ([1.6, 2.2], [1, 2]), (torch.tensor([1+5j]), [1.])):
         assert not agrees(wrong, torch.tensor(right)), wrong
     assert agrees([True, False], torch.tensor([True, False])) and agrees(np.float32(.5), torch.tensor(.5))
+    third = torch.full((3,), 1/3)
+    for kind in (torch.float16, torch.bfloat16): assert agrees(third, third.to(kind)) and not agrees(third*1.02, third.to(kind))
+    assert agrees(torch.fft.ifft(torch.fft.fft(third.double())).real, third) and agrees(np.ones(2), np.ones(2))
+
+def test_words_are_taken_out_in_turn():
+    from sdlearn.adapt.inversion import add_words, start_rows
+    from sdlearn.load import load_sd
+    sd = load_sd(networks='own')
+    rows, n = start_rows(sd, 'cat'), len(sd.tokenizer)
+    first, none, second = add_words(sd, {'<a>': rows}), add_words(sd, {}), add_words(sd, {'<b>': rows})
+    with pytest.raises(ValueError, match='<a> to be what was learned last'): first()
+    none()
+    second()
+    first()
+    first()                 # out already
+    assert len(sd.tokenizer)==n==len(sd.text_encoder.get_input_embeddings().weight)
+
+def test_one_array_is_one_picture():
+    from sdlearn.core import _is_one
+    for x, one in ((np.zeros((8, 8)), True), (torch.zeros(8, 8, 3), True), (np.zeros((8, 8, 4), np.uint8), True),
+                   (torch.zeros(12, 16, 4), False), (torch.zeros(4, 16, 16), False), ([1], False)): assert _is_one(x)==one
 
 def test_other_data_make_another_fingerprint():
     from pathlib import PurePosixPath

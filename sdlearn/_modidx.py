@@ -1233,7 +1233,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sdlearn.train._check_training': ('train.html#_check_training', 'sdlearn/train.py'),
                                'sdlearn.train._code_mark': ('train.html#_code_mark', 'sdlearn/train.py'),
                                'sdlearn.train._does': ('train.html#_does', 'sdlearn/train.py'),
-                               'sdlearn.train._every': ('train.html#_every', 'sdlearn/train.py'),
                                'sdlearn.train._finite': ('train.html#_finite', 'sdlearn/train.py'),
                                'sdlearn.train._go_on': ('train.html#_go_on', 'sdlearn/train.py'),
                                'sdlearn.train._held': ('train.html#_held', 'sdlearn/train.py'),

@@ -330,7 +330,7 @@ def _check_share(ema):
 
 def _check_training(loss_fn, n, seed, lr, precision): # the numbers, as Python has them
     if not callable(loss_fn): raise ValueError(f"expected a loss_fn, got {loss_fn!r}")
-    n = check_number(n, 'a number of steps', 0, read=whole)
+    n = check_number(n, 'a number of steps', 0, 1_000_003, whole)
     seed = check_number(seed, 'a seed', 0, _last_seed, whole)
     if not 0<(real(lr) or 0)<=1:
         raise ValueError(f"expected a learning rate above 0 and at most 1, got {lr!r}")
@@ -339,22 +339,14 @@ def _check_training(loss_fn, n, seed, lr, precision): # the numbers, as Python h
     return n, seed, real(lr)
 
 # %% ../nbs/91_train.ipynb #1ba0c00a
-_whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}    # bytes of a number -> read so
-
-def _tensor_mark(x): # shape, kind, a sample of the numbers, and the sum of all, read as whole ones
-    if isinstance(x, np.ndarray) and x.dtype.kind not in 'biufc':       # words, or objects
+def _tensor_mark(x): # shape, kind, and every number
+    if isinstance(x, np.ndarray) and x.dtype.hasobject:
         return f'{x.shape} {x.dtype} {_mark(x.tolist())}'
-    if isinstance(x, np.ndarray):
-        flat = np.ascontiguousarray(x).reshape(-1)
-        some = flat[::_every(flat)].tobytes()
-        total = flat.view(f'i{min(flat.itemsize, 8)}').sum(dtype=np.int64)
+    if isinstance(x, np.ndarray): held = np.ascontiguousarray(x).tobytes()
     else:
-        flat = x.detach().resolve_conj().contiguous().flatten()
-        some = flat[::_every(flat)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        total = flat.view(_whole.get(flat.itemsize, torch.int64)).sum(dtype=torch.int64).item()
-    return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(some).hexdigest()[:12]} {total}'
-
-def _every(flat): return max(1, len(flat)//4096)
+        x = x.detach().resolve_conj().resolve_neg()
+        held = x.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f'{tuple(x.shape)} {x.dtype} {hashlib.sha256(held).hexdigest()[:12]}'
 
 _one = dict(LOAD_METHOD='LOAD_ATTR', CALL_METHOD='CALL', CALL_FUNCTION='CALL')
 _stack_marks = re.compile(r'^(NULL|self|\|)+ \+ | \+ (NULL|self|\|)+$') # 3.11, 3.12; 3.13
@@ -371,7 +363,8 @@ def _code_mark(code): # what a function does, the same in a notebook's cell and 
     return hashlib.sha256(repr((does, code.co_names, inner)).encode()).hexdigest()[:12]
 
 def _parts(x): # what an object is made of; None: nothing that could be told apart
-    if isinstance(x, np.generic): return x.item()
+    if isinstance(x, np.generic):
+        return repr(x) if isinstance(x.item(), np.generic) else x.item()  # a long double
     if isinstance(x, partial): return [x.func, x.args, x.keywords]
     if isinstance(x, MethodType): return [x.__func__, x.__self__]
     if isinstance(x, FunctionType): return [_code_mark(x.__code__), _held(x)]
@@ -379,9 +372,10 @@ def _parts(x): # what an object is made of; None: nothing that could be told apa
     if isinstance(x, Image.Image): return [x.mode, np.asarray(x)]
     if isinstance(x, type): return None
     if hasattr(x, 'named_parameters'):  # a network, packed or not; what learns is not its own data
-        params = dict(x.named_parameters())
-        frozen = {k: p for k, p in params.items() if not p.requires_grad}
-        return frozen if len(frozen)<len(params) else frozen|dict(x.named_buffers())
+        frozen = {k: p for k, p in x.named_parameters() if not p.requires_grad}
+        parts = getattr(x, 'named_modules', list)()     # in training, a part may count in buffers
+        return frozen|{f'{k}.{name}': b for k, m in parts if not m.training
+                       for name, b in m.named_buffers(recurse=False)}
     if is_dataclass(x): return {f.name: getattr(x, f.name) for f in fields(x) if f.compare}
     if type(x).__module__ in ('__main__', 'types'): # of your own class, or a SimpleNamespace
         does = [f for f in vars(type(x)).values() if isinstance(f, FunctionType)]

@@ -129,11 +129,12 @@ def add_words(
     if len(before)!=len(old):
         raise ValueError(f"expected a table with a row for each of {len(before)} tokens, "
                          f"got {len(old)} rows")
-    sd.tokenizer = with_words(before, [t for w, r in words.items() for t in tokens_of(w, len(r))])
+    tokens = [t for w, r in words.items() for t in tokens_of(w, len(r))]
+    sd.tokenizer = with_words(before, tokens)
     _set_table(sd.text_encoder, torch.cat([old, *(r.to(old) for r in words.values())]))
-    after = sd.tokenizer
     def undo():
-        if sd.tokenizer is not after:
+        if not {*tokens}&{*new_words(sd.tokenizer)}: return     # they are out already
+        if len(sd.tokenizer)!=len(before)+len(tokens):
             raise ValueError(f"expected {', '.join(words)} to be what was learned last, got other "
                              "words on top. Take those out first.")
         sd.tokenizer = before

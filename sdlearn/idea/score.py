@@ -85,7 +85,7 @@ def digits(
     if x.dtype==torch.uint8: x = x/127.5-1
     x = check_pictures(x[:,None] if x.ndim==3 else x).float()
     if y.is_floating_point() or (len(y) and y.min()<0):
-        raise ValueError(f"expected whole labels 0, 1, 2, ..., got {y.dtype} from {y.min()}")
+        raise ValueError(f"expected whole labels 0, 1, 2, ..., got {y.dtype}: {y[:5].tolist()}")
     y = y.long()
     if len(x)!=len(y):
         raise ValueError("expected one label per picture, "

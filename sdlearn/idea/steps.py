@@ -19,7 +19,7 @@ def geometric_sigmas(
     "Every step takes off the same share C of the noise, the last one all of it"
     n = check_number(n, 'n', 1, read=whole)
     sigma_max, sigma_min = (check_number(s, 'a sigma', 0) for s in (sigma_max, sigma_min))
-    if not 0<sigma_min<sigma_max:
+    if not 0<sigma_min<=sigma_max or n>1 and sigma_min==sigma_max:
         raise ValueError(f"expected sigmas that fall to one above 0, got {sigma_max}, {sigma_min}")
     return [sigma_max*(sigma_min/sigma_max)**(i/max(n-1, 1)) for i in range(n)]+[0.]
 
