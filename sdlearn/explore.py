@@ -19,7 +19,7 @@ from traitlets import Tuple
 from .attention import attention_maps, token_places, word_map
 from .configs import latent_side
 from .core import as_rgb, check_number, file_bytes, generator_of, image_grid, whole
-from .denoiser import noise_predictor
+from .denoiser import noise_predictor, teacher_hint
 from .fast.decoder import load_small
 from .folders import pocket_path
 from .pipeline import begin_late, check_inputs, denoise, native_size, plan_for, unseen_words
@@ -492,7 +492,8 @@ def guidance(
     if not 1<=len(seeds)<=8: raise ValueError(f"expected 1 to 8 seeds, got {len(seeds)}")
     if sd.folded is not None:
         raise ValueError("expected a checkpoint that hears guidance, got a student, which has a "
-                         f"scale of {sd.folded:g} in its weights. Take load_sd() without fast.")
+                         f"scale of {sd.folded:g} in its weights. Take its teacher: "
+                         f"{teacher_hint}.")
     (steps, sampler), above = _way(sd, 16), []
     predictor = _remembering()
     def draw(prompt, scale):

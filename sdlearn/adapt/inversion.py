@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from ..configs import latent_side
 from ..core import (as_path, as_rgb, check_number, check_picture, check_tensor,
                           images_to_tensor, noise_like, whole, write_text)
-from ..denoiser import ask_network, noise_loss
+from ..denoiser import ask_network, noise_loss, teacher_hint
 from ..folders import read_arrays, read_json, safe_path, write_weights
 from ..schedule import SD_V1, Schedule, sigma_at
 from ..text import add_positions, get_output_embeds, get_token_embeds, text_core
@@ -368,7 +368,8 @@ def encoded(
     "Pictures as the UNet sees them, to train on"
     if getattr(sd, 'folded', None) is not None:
         raise ValueError("expected a checkpoint of many steps, got a student of few, which a "
-                         "training on any amount of noise would undo. Take load_sd() without fast.")
+                         "training on any amount of noise would undo. Take its teacher: "
+                         f"{teacher_hint}.")
     if not isinstance(pictures, (list, tuple)) or not pictures:
         raise ValueError(f"expected a list of PIL pictures, got {pictures!r}")
     side, like = 8*latent_side(sd.unet.config), next(sd.vae.parameters())
